@@ -1,0 +1,121 @@
+"""What administrators do, once: called by the commands directly when no server runs, by the admin socket when one does.
+
+Every operation takes plain values and returns plain values that JSON can hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from appliance.access import keys as key_form
+from appliance.access.keyring import Entry, KeyRing
+from appliance.catalog import Catalog, Model
+from appliance.errors import BadRequest, ModelError, NotFound
+from appliance.store import accounts, backup, keys
+from appliance.store.database import Store
+from appliance.store.keyfile import MasterKey
+
+
+@dataclass(frozen=True, slots=True)
+class Administration:
+    """The operations over an open store; `keyring` is the running server's, which hears of every change."""
+
+    store: Store
+    master_key: MasterKey
+    catalog: Catalog
+    keyring: KeyRing
+
+    def reload_keys(self) -> None:
+        """The keyring holds what the store says."""
+        self.keyring.replace(Entry(digest, caller, expires) for digest, caller, expires in keys.valid(self.store))
+
+    def account_create(self, name: str, plan: str, email: str | None = None) -> dict[str, Any]:
+        return asdict(accounts.create(self.store, name, plan, email))
+
+    def account_list(self) -> list[dict[str, Any]]:
+        return [asdict(a) for a in accounts.listing(self.store)]
+
+    def key_create(self, account: str, name: str, scope: str) -> dict[str, Any]:
+        """The only answer that ever holds the key itself."""
+        raw = key_form.generate()
+        new = keys.NewKey(key_form.digest(raw), *key_form.display(raw))
+        made = keys.create(self.store, accounts.by_name(self.store, account).id, name, scope, new, "command line")
+        self.reload_keys()
+        return {"key": raw, **asdict(made)}
+
+    def key_list(self) -> list[dict[str, Any]]:
+        return [asdict(k) for k in keys.listing(self.store)]
+
+    def key_revoke(self, key_id: str) -> dict[str, Any]:
+        revoked = keys.revoke(self.store, key_id)
+        self.reload_keys()
+        return asdict(revoked)
+
+    def models_list(self) -> list[dict[str, Any]]:
+        return [_described(m) for m in self.catalog.entries()]
+
+    def models_add(self, file: str, name: str | None = None, copy: bool = False) -> dict[str, Any]:
+        return _described(self.catalog.add(Path(file), name=name, copy=copy))
+
+    def models_use(self, name: str) -> dict[str, Any]:
+        """Chooses the model that the next start loads."""
+        self.catalog.resolve(name)
+        return _described(self.catalog.choose(name))
+
+    def models_verify(self, name: str | None = None) -> list[dict[str, Any]]:
+        return [{"name": v.model.name, "good": v.good, "problem": v.problem} for v in self.catalog.verify(name)]
+
+    def backup(self, file: str) -> dict[str, Any]:
+        report = backup.backup(self.store, Path(file), self.master_key)
+        return {"path": str(report.path), "bytes": report.bytes, "tables": report.tables}
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "account.create": Administration.account_create,
+    "account.list": Administration.account_list,
+    "key.create": Administration.key_create,
+    "key.list": Administration.key_list,
+    "key.revoke": Administration.key_revoke,
+    "models.list": Administration.models_list,
+    "models.add": Administration.models_add,
+    "models.use": Administration.models_use,
+    "models.verify": Administration.models_verify,
+    "backup": Administration.backup,
+}
+
+
+def perform(administration: Administration, operation: str, arguments: dict[str, Any]) -> Any:
+    """The operation's result. Raises NotFound for an unknown one, BadRequest for wrong arguments, and its own errors."""
+    function = OPERATIONS.get(operation)
+    if function is None:
+        raise NotFound(f"There is no operation {operation[:50]!r}.")
+    try:
+        return function(administration, **arguments)
+    except TypeError as error:
+        raise BadRequest(f"The arguments of {operation} are off.") from error
+
+
+def served_model(catalog: Catalog, wanted: str) -> Model:
+    """The model to load: `wanted` (the setting), else the chosen one. Raises ModelError."""
+    if wanted:
+        return catalog.resolve(wanted)
+    chosen = catalog.chosen()
+    if chosen is None:
+        raise ModelError("No model is chosen: run `appliance models add FILE` and `appliance models use NAME`.")
+    return catalog.resolve(chosen.name)
+
+
+def _described(model: Model) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "file": str(model.path),
+        "size": model.size,
+        "sha256": model.sha256,
+        "template": model.template,
+        "licence": model.licence,
+        "placeholder": model.placeholder,
+        "chosen": model.chosen,
+    }

@@ -1,0 +1,221 @@
+"""`POST /llm/chat`: the seed's chat call. Reads and checks the body, calls the chat service, renders JSON or events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+from starlette.requests import Request
+from starlette.responses import Response
+
+from appliance.access.plans import PLANS
+from appliance.api.body import read_json
+from appliance.api.render import error_body
+from appliance.api.services import Services
+from appliance.api.streams import EventStream, while_connected
+from appliance.chat import Answer, collect
+from appliance.errors import ApplianceError, BadRequest, InternalError
+from appliance.messages import (
+    Caller,
+    Chunk,
+    CompletionRequest,
+    FinishReason,
+    Message,
+    Role,
+    Sampling,
+    Usage,
+)
+
+MOST_STOPS = 16
+ANY_JSON_OBJECT: dict[str, Any] = {"type": "object"}
+
+
+class MessageBody(Struct, forbid_unknown_fields=True):
+    """One turn."""
+
+    role: Role
+    content: str
+
+
+class JsonSchema(Struct, forbid_unknown_fields=True):
+    """OpenAI's wrapper around a schema; `strict` is always on here."""
+
+    schema: dict[str, Any]
+    name: str = ""
+    description: str = ""
+    strict: bool = True
+
+
+class ResponseFormat(Struct, forbid_unknown_fields=True):
+    """`{"type":"json_schema","json_schema":{"schema":{…}}}`, the shorter `{"type":"json_schema","schema":{…}}`, or a plain kind."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema: dict[str, Any] | None = None
+
+    def constraint(self) -> dict[str, Any] | None:
+        """The schema that the answer must match, if any."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return ANY_JSON_OBJECT
+        schema = self.json_schema.schema if self.json_schema else self.schema
+        if schema is None:
+            raise BadRequest('response_format of type "json_schema" needs json_schema.schema.')
+        return schema
+
+
+class ChatBody(Struct, forbid_unknown_fields=True):
+    """The request of `/llm/chat`."""
+
+    messages: Annotated[list[MessageBody], Meta(min_length=1, max_length=10_000)]
+    provider: Literal["auto", "local", "groq"] | None = None
+    model: Annotated[str, Meta(max_length=200)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=1_000)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    stop: str | list[str] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stream: bool = False
+    response_format: ResponseFormat | None = None
+    fallback: bool = True
+    ignore_eos: bool = False
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings. Raises BadRequest for too many, empty or overlong ones."""
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stops) > MOST_STOPS:
+            raise BadRequest(f"stop has {len(stops)} strings; at most {MOST_STOPS} are taken.")
+        if any(not 0 < len(s) <= 500 for s in stops):
+            raise BadRequest("Every stop string must have 1 to 500 characters.")
+        return stops
+
+    def sampling(self) -> Sampling:
+        """Our defaults with what the request sets."""
+        names = ("temperature", "top_p", "top_k", "min_p", "seed")
+        return Sampling(**{n: v for n in names if (v := getattr(self, n)) is not None})
+
+
+class UsageBody(Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cached_tokens: int
+
+
+class ChatReply(Struct):
+    """The seed's reply with additive fields."""
+
+    text: str
+    provider: str
+    model: str
+    usage: UsageBody
+    finish_reason: FinishReason
+    request_id: str
+
+
+class Delta(Struct):
+    delta: str
+
+
+class Done(Struct):
+    """The last event of a stream."""
+
+    text: str
+    provider: str
+    model: str
+    usage: UsageBody
+    finish_reason: FinishReason
+    request_id: str
+    done: bool = True
+
+
+async def chat(request: Request, services: Services) -> Response:
+    """Answers one chat completion."""
+    settings = services.config.server
+    body = await read_json(request, ChatBody, settings.max_body_bytes)
+    request_id: str = request.state.request_id
+    answer = services.chat.start(
+        completion_request(body, request.state.caller, request_id),
+        provider=body.provider or "auto",
+        fallback=body.fallback,
+    )
+    if not body.stream:
+        done = await while_connected(request.receive, collect(answer.chunks))
+        reply = ChatReply(
+            done.text, answer.provider, answer.model, usage_body(done.usage), done.finish_reason, request_id
+        )
+        return Response(msgspec.json.encode(reply), media_type="application/json")
+    first = asyncio.ensure_future(anext(answer.chunks))
+    await while_connected(request.receive, _settle(first, answer, settings.stream_header_hold_seconds))
+    return EventStream(_events(first, answer, request_id), settings.ping_seconds, {})
+
+
+def completion_request(body: ChatBody, caller: Caller, request_id: str) -> CompletionRequest:
+    """What the chat service is asked."""
+    return CompletionRequest(
+        messages=tuple(Message(m.role, m.content) for m in body.messages),
+        account=caller.account_id,
+        weight=PLANS[caller.plan].weight,
+        sampling=body.sampling(),
+        max_tokens=body.max_tokens,
+        stop=body.stops(),
+        json_schema=body.response_format.constraint() if body.response_format else None,
+        ignore_eos=body.ignore_eos,
+        request_id=request_id,
+    )
+
+
+def usage_body(usage: Usage) -> UsageBody:
+    return UsageBody(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, usage.cached_tokens)
+
+
+async def _settle(first: asyncio.Future[Chunk], answer: Answer, seconds: float) -> None:
+    """Waits for the first chunk a moment, so that a refusal is still a real status: it raises here."""
+    try:
+        await asyncio.wait({first}, timeout=seconds)
+        if first.done():
+            first.result()
+    except BaseException:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await answer.chunks.aclose()
+        raise
+
+
+async def _events(first: asyncio.Future[Chunk], answer: Answer, request_id: str) -> AsyncGenerator[bytes]:
+    """The stream's events; an error becomes the last one."""
+    texts: list[str] = []
+    try:
+        chunk = await first
+        while True:
+            texts.append(chunk.text)
+            if chunk.usage is not None:
+                break
+            if chunk.text:
+                yield _event(Delta(chunk.text))
+            chunk = await anext(answer.chunks)
+        if chunk.text:
+            yield _event(Delta(chunk.text))
+        assert chunk.finish_reason is not None
+        yield _event(
+            Done(
+                "".join(texts), answer.provider, answer.model, usage_body(chunk.usage), chunk.finish_reason, request_id
+            )
+        )
+    except ApplianceError as error:
+        yield b"data: " + error_body(error, request_id) + b"\n\n"
+    except StopAsyncIteration:
+        yield b"data: " + error_body(InternalError("The answer ended early."), request_id) + b"\n\n"
+    finally:
+        first.cancel()
+        await answer.chunks.aclose()
+
+
+def _event(body: Struct) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"

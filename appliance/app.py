@@ -1,0 +1,233 @@
+"""The composition root: config → store, engine, services → the ASGI app; and the life of the server process.
+
+`Appliance` is the visible list of everything a request passes. `serve` owns the start, what signals lead to, and the
+exit code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import ExitStack, aclosing, contextmanager
+from typing import Any
+
+import msgspec
+import uvloop
+from starlette.routing import Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from appliance import admin, logs, server
+from appliance.access.keyring import KeyRing
+from appliance.administration import Administration, perform, served_model
+from appliance.api.access_log import AccessLog
+from appliance.api.auth import Auth
+from appliance.api.endpoints import routes
+from appliance.api.guard import Guard
+from appliance.api.hosts import Hosts
+from appliance.api.services import Services
+from appliance.catalog import Catalog
+from appliance.chat import Chat
+from appliance.config import Config
+from appliance.errors import BadRequest, DataDirError, Draining, EngineBroken, ModelError, NotFound
+from appliance.messages import CompletionRequest, Message, Role
+from appliance.providers.local import LocalProvider
+from appliance.store.database import Store
+from appliance.store.keyfile import read_key
+from appliance.store.lock import DataDirLock
+
+log = logging.getLogger("appliance")
+
+SWITCH_SECONDS = 0.0005  # the decode thread waits this long at most until the event loop gives the interpreter back
+
+
+class Appliance:
+    """The ASGI app: every layer that a request passes, outermost last, and whether the server is draining."""
+
+    def __init__(self, services: Services, keyring: KeyRing) -> None:
+        self.draining = False
+        app: ASGIApp = Router(routes(services), redirect_slashes=False, default=_no_such_endpoint)
+        app = self._drain(app)
+        app = Auth(app, keyring)
+        app = Hosts(app, services.config.server)
+        app = Guard(app)
+        self._stack = AccessLog(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self
+        await self._stack(scope, receive, send)
+
+    def _drain(self, app: ASGIApp) -> ASGIApp:
+        async def admit(scope: Scope, receive: Receive, send: Send) -> None:
+            if self.draining and scope["path"] != "/healthz":
+                raise Draining("The server is stopping and takes no new requests.", retry_after=5)
+            await app(scope, receive, send)
+
+        return admit
+
+    def drain(self) -> None:
+        """From now on only what runs is answered."""
+        self.draining = True
+
+
+async def _no_such_endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+    raise NotFound("There is no such endpoint.")
+
+
+class Process:
+    """Everything that one server process holds, and how it ends."""
+
+    def __init__(self, config: Config, administration: Administration) -> None:
+        self.config = config
+        self.administration = administration
+        self.local = LocalProvider(config.engine, on_fatal=self._engine_broke)
+        self.chat = Chat(self.local)
+        self.app = Appliance(Services(config, self.chat, self.local), administration.keyring)
+        self.exit_code = 0
+        self._swap = threading.Lock()
+        self._closing = False
+
+    async def run(self, bound: socket.socket) -> int:
+        """Serves; the model is loaded meanwhile, and everything that needs none is answered from the start."""
+        self.local.attach(asyncio.get_running_loop())
+        socket_path = admin.socket_path(self.config.data_dir)
+        operator = admin.AdminServer(socket_path, self.operate)
+        await operator.start()
+        loader = threading.Thread(target=self._load, name="load", daemon=True)
+        loader.start()
+        host, port = bound.getsockname()[:2]
+        scheme = "https" if self.config.server.tls_cert else "http"
+        log.info("serving", extra={"address": f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"})
+        try:
+            await server.serve(self.app, self.config.server, bound, self.app.drain)
+        finally:
+            await operator.close()
+            self._closing = True
+            await asyncio.to_thread(self._close_model)
+        return self.exit_code
+
+    def _load(self) -> None:
+        with self._swap:
+            if self._closing:
+                return
+            try:
+                model = served_model(self.administration.catalog, self.config.engine.model)
+                self.local.load(model.name, model.path, placeholder=model.placeholder)
+            except ModelError as error:
+                log.error("no model: %s", error.message)
+                self.local.fail(error)
+            except Exception:
+                log.exception("the model could not be loaded")
+                self.local.fail(ModelError("the model could not be loaded; see the log"))
+            else:
+                log.info("ready", extra={"model": model.name, "placeholder": model.placeholder})
+
+    def _close_model(self) -> None:
+        with self._swap:
+            self.local.close()
+
+    def _engine_broke(self, error: EngineBroken) -> None:
+        """On the decode thread: the process ends by name, so that its supervisor starts a sound one."""
+        log.critical(error.message)
+        self.exit_code = error.exit_code
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    async def operate(self, operation: str, arguments: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        """One request of the admin socket."""
+        if operation == "chat":
+            async for part in self._chat(arguments):
+                yield part
+        elif operation == "status":
+            yield {"result": self.local.status()}
+        elif operation == "models.use":
+            yield {"result": await asyncio.to_thread(self._use, str(arguments["name"]))}
+        else:
+            yield {"result": await asyncio.to_thread(perform, self.administration, operation, arguments)}
+
+    def _use(self, name: str) -> dict[str, Any]:
+        with self._swap:
+            model = self.administration.catalog.resolve(name)
+            self.local.use(
+                model.name,
+                model.path,
+                placeholder=model.placeholder,
+                drain_seconds=self.config.server.drain_seconds,
+            )
+            return self.administration.models_use(name)
+
+    async def _chat(self, arguments: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        async with aclosing(self.local.complete(_terminal_request(arguments))) as chunks:
+            async for chunk in chunks:
+                if chunk.text:
+                    yield {"part": chunk.text}
+        yield {"result": None}
+
+
+def serve(config: Config) -> int:
+    """Runs the server in the foreground; the exit code. Raises OperatorError when it cannot start."""
+    logs.configure()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    with _opened(config) as administration, server.bind(config.server.host, config.server.port) as bound:
+        administration.reload_keys()
+        process = Process(config, administration)
+        return uvloop.run(process.run(bound))
+
+
+@contextmanager
+def local_chat(config: Config) -> Iterator[Callable[[dict[str, Any]], Iterator[dict[str, Any]]]]:
+    """Chatting without a server: loads the model here. The same parts come as through the admin socket."""
+    with _opened(config) as administration, asyncio.Runner() as runner:
+        model = served_model(administration.catalog, config.engine.model)
+        local = LocalProvider(config.engine)
+        local.attach(runner.get_loop())
+        local.load(model.name, model.path, placeholder=model.placeholder)
+
+        def answer(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+            chunks = local.complete(_terminal_request(arguments))
+            try:
+                while (chunk := runner.run(_next(chunks))) is not None:
+                    yield {"part": chunk.text}
+            finally:
+                runner.run(chunks.aclose())
+
+        try:
+            yield answer
+        finally:
+            local.close()
+
+
+async def _next(chunks: AsyncGenerator[Any]) -> Any:
+    return await anext(chunks, None)
+
+
+@contextmanager
+def _opened(config: Config) -> Iterator[Administration]:
+    """The data directory, held by this process alone, and its store."""
+    with ExitStack() as stack:
+        stack.enter_context(DataDirLock(config.data_dir))
+        if not config.database.parent.is_dir():
+            raise DataDirError(f"The data directory {config.data_dir} is gone.")
+        key = read_key(config.key_file)
+        store = Store.open(config.database, key)
+        stack.callback(store.close)
+        yield Administration(store, key, Catalog(config.models_dir), KeyRing())
+
+
+class _Turn(msgspec.Struct, forbid_unknown_fields=True):
+    role: Role
+    content: str
+
+
+def _terminal_request(arguments: dict[str, Any]) -> CompletionRequest:
+    """What `appliance chat` asks. Raises BadRequest."""
+    try:
+        turns = msgspec.convert(arguments.get("messages"), list[_Turn])
+        most = msgspec.convert(arguments.get("max_tokens"), int | None)
+    except msgspec.ValidationError as error:
+        raise BadRequest("The conversation is malformed.") from error
+    return CompletionRequest(tuple(Message(t.role, t.content) for t in turns), account="terminal", max_tokens=most)

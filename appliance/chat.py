@@ -1,0 +1,53 @@
+"""The chat service: which provider answers a completion, and the whole answer where nobody streams. No HTTP, no tokens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from appliance.errors import Unavailable
+from appliance.messages import Chunk, CompletionRequest, FinishReason, Usage
+from appliance.providers.base import Provider
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A started completion: who answers, and the chunks to come (close them to stop)."""
+
+    provider: str
+    model: str
+    chunks: AsyncGenerator[Chunk]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished completion of one choice."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+
+
+class Chat:
+    """Routes completions to providers."""
+
+    def __init__(self, local: Provider) -> None:
+        self._local = local
+
+    def start(self, request: CompletionRequest, *, provider: str = "auto", fallback: bool = True) -> Answer:
+        """Names the provider and begins. Raises ModelNotReady, or Unavailable when only `provider` may answer and cannot."""
+        if provider == "groq" and not fallback:
+            raise Unavailable("Groq is not configured on this box, and the request allows no other provider.")
+        return Answer(self._local.name, self._local.model, self._local.complete(request))
+
+
+async def collect(chunks: AsyncGenerator[Chunk]) -> Completion:
+    """The whole answer of a single-choice completion."""
+    texts: list[str] = []
+    finish: FinishReason = "stop"
+    usage = Usage(0, 0)
+    async for chunk in chunks:
+        texts.append(chunk.text)
+        finish = chunk.finish_reason or finish
+        usage = chunk.usage or usage
+    return Completion("".join(texts), finish, usage)

@@ -1,0 +1,327 @@
+"""Settings: one frozen dataclass per section of `config.toml`. The classes below are THE table of settings;
+loader, `config show`, the documentation and their test all read it.
+
+Owns reading and checking; does not act on any setting. Secrets never live here (environment or 0600 files only).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from appliance.errors import ConfigError
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field with its meaning and its allowed range (inclusive) beside it."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """`[server]`"""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8080, "port to listen on; 0 picks a free one", low=0, high=65535)
+    tls_cert: str = setting("", "PEM file of the certificate chain; with tls_key serves HTTPS")
+    tls_key: str = setting("", "PEM file of the certificate's private key")
+    public_url: str = setting("", "the address people use, e.g. https://llm.example.org; its host is accepted")
+    allowed_hosts: tuple[str, ...] = setting((), "further Host names to accept; '*' accepts all")
+    trusted_proxies: tuple[str, ...] = setting((), "addresses or networks whose X-Forwarded-For is believed")
+    max_header_bytes: int = setting(65_536, "largest request head, bytes", low=1_024, high=1_048_576)
+    max_body_bytes: int = setting(2_097_152, "largest JSON body, bytes", low=1_024, high=104_857_600)
+    header_timeout_seconds: float = setting(10.0, "a request's head must arrive within", low=0.1, high=600)
+    body_timeout_seconds: float = setting(30.0, "a request's body must arrive within", low=0.1, high=3600)
+    write_timeout_seconds: float = setting(30.0, "a client that reads nothing this long is dropped", low=0.1, high=3600)
+    keep_alive_seconds: float = setting(75.0, "an idle connection is closed after", low=1, high=3600)
+    max_connections: int = setting(1_024, "open connections; one more is answered 503", low=1, high=65_536)
+    drain_seconds: float = setting(30.0, "on SIGTERM running answers may go on for", low=0, high=3600)
+    stream_header_hold_seconds: float = setting(
+        1.5, "a stream's status waits this long for its first token, so that refusals are real statuses", low=0, high=60
+    )
+    ping_seconds: float = setting(15.0, "a silent stream gets a comment this often", low=0.05, high=15)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """`[engine]`"""
+
+    model: str = setting("", "GGUF file, or a name in the models manifest; empty: the one `models use` chose")
+    slots: int = setting(8, "sequences that generate at the same time", low=1, high=128)
+    context: int = setting(
+        0, "KV tokens in all, shared by the slots; 0: the model's own, at most 32,768", low=0, high=16_777_216
+    )
+    gpu_layers: int = setting(-1, "layers on the GPU; -1: all", low=-1, high=10_000)
+    split_mode: str = setting("layer", "how several GPUs share the model", choices=("none", "layer", "row", "tensor"))
+    tensor_split: tuple[float, ...] = setting((), "share of each GPU, e.g. [3, 1]")
+    kv_type: str = setting(
+        "f16", "type of the KV cache", choices=("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+    )
+    kv_mode: str = setting(
+        "auto", "one KV pool for all sequences, or one stream each", choices=("auto", "unified", "split")
+    )
+    batch: int = setting(2_048, "most tokens in one decode call", low=32, high=65_536)
+    ubatch: int = setting(512, "tokens computed in one graph", low=16, high=65_536)
+    threads: int = setting(0, "CPU threads of llama.cpp; 0: the physical cores", low=0, high=1_024)
+    flash_attention: str = setting("auto", "flash attention", choices=("auto", "on", "off"))
+    mlock: bool = setting(False, "lock the model in memory")
+    prefill_budget: int = setting(
+        0, "prompt tokens per step while others generate; 0: adapts to the latency goal", low=0, high=65_536
+    )
+    inter_token_ms: int = setting(200, "goal for the gap between two tokens while prompts are read", low=5, high=10_000)
+    queue_limit: int = setting(256, "requests that may wait", low=0, high=100_000)
+    queue_seconds: float = setting(120.0, "a request waits at most", low=0.1, high=3_600)
+    longest_run: int = setting(
+        200_000, "longest stretch of text without white space, characters", low=1_000, high=10_000_000
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """`[store]`"""
+
+    key_file: str = setting("", "file of the master key; empty: secrets/master.key in the data directory")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings, where they live, and where each value came from (`sources["server.port"]`)."""
+
+    data_dir: Path
+    server: ServerSettings = field(default_factory=ServerSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    store: StoreSettings = field(default_factory=StoreSettings)
+    file: Path | None = None
+    sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def database(self) -> Path:
+        return self.data_dir / "appliance.db"
+
+    @property
+    def key_file(self) -> Path:
+        return Path(self.store.key_file) if self.store.key_file else self.data_dir / "secrets" / "master.key"
+
+    @property
+    def models_dir(self) -> Path:
+        return self.data_dir / "models"
+
+
+SECTIONS: dict[str, type[Any]] = {"server": ServerSettings, "engine": EngineSettings, "store": StoreSettings}
+PATHS = {
+    "server.tls_cert",
+    "server.tls_key",
+    "store.key_file",
+}  # relative ones are relative to the file that names them
+PREFIX = "APPLIANCE_"
+CHECKOUT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row of the table: full name, type, default, meaning, range or choices."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    low: float | None
+    high: float | None
+    choices: tuple[str, ...]
+
+    @property
+    def allowed(self) -> str:
+        """The allowed values in words."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        words = kinds.get(self.type) or "a list of " + {str: "texts", float: "numbers"}[get_args(self.type)[0]]
+        return words if self.low is None else f"{words} from {self.low:,} to {self.high:,}"
+
+
+def settings() -> list[Setting]:
+    """Every setting, in the order of the table."""
+    found = []
+    for section, cls in SECTIONS.items():
+        hints = get_type_hints(cls)
+        for f in fields(cls):
+            m = f.metadata
+            found.append(
+                Setting(f"{section}.{f.name}", hints[f.name], f.default, m["help"], m["low"], m["high"], m["choices"])
+            )
+    return found
+
+
+def default_data_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """$APPLIANCE_DATA_DIR, else /var/lib/appliance as root, else ~/.local/share/appliance."""
+    if given := environ.get("APPLIANCE_DATA_DIR"):
+        return Path(given)
+    if os.geteuid() == 0:
+        return Path("/var/lib/appliance")
+    return Path(environ.get("HOME", "~")).expanduser() / ".local" / "share" / "appliance"
+
+
+def load(
+    data_dir: str | Path | None = None,
+    config_file: str | Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Config:
+    """The effective settings: defaults, then the first file of `config_file`, the data directory's and the checkout's,
+    then the environment. Raises ConfigError with one line for whatever is wrong."""
+    directory = Path(data_dir) if data_dir else default_data_dir(environ)
+    directory = directory.absolute()
+    config = Config(directory)
+    if config_file is not None and not Path(config_file).is_file():
+        raise ConfigError(f"There is no settings file {config_file}.")
+    candidates = [Path(config_file)] if config_file else [directory / "config.toml", CHECKOUT / "config.toml"]
+    file = next((c.absolute() for c in candidates if c.is_file()), None)
+    if file is not None:
+        config = replace(_override(config, _read_file(file), f"file {file}"), file=file)
+    return _read_environment(config, environ)
+
+
+def override(config: Config, values: Mapping[str, Any], source: str) -> Config:
+    """`config` with values such as `{"server.port": 9000}`. Raises ConfigError, naming `source`."""
+    return _override(config, values.items(), source)
+
+
+def show(config: Config) -> list[tuple[str, str, str]]:
+    """(name, value, source) of every setting."""
+    rows = []
+    for s in settings():
+        section, name = s.name.split(".")
+        value = getattr(getattr(config, section), name)
+        shown = list(value) if isinstance(value, tuple) else value
+        rows.append((s.name, _toml(shown), config.sources.get(s.name, "default")))
+    return rows
+
+
+def example() -> str:
+    """The commented `config.toml` of the checkout: every setting at its default."""
+    lines = [
+        "# Every setting at its default. Copy this file into the data directory, or name it with --config, and take the",
+        "# mark off the lines you change. APPLIANCE_<SECTION>__<KEY> in the environment overrides a line.",
+    ]
+    section = ""
+    for s in settings():
+        if not s.name.startswith(section + ".") or not section:
+            section = s.name.split(".")[0]
+            lines += ["", f"[{section}]"]
+        default = list(s.default) if isinstance(s.default, tuple) else s.default
+        lines += [f"# {s.help}; {s.allowed}", f"# {s.name.split('.')[1]} = {_toml(default)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return str(value)
+
+
+def _read_file(file: Path) -> Iterable[tuple[str, Any]]:
+    """(full name, value) of every line of the file, unknown sections refused."""
+    try:
+        tables = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: the settings file cannot be read.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: this is not valid TOML: {error}.") from error
+    for section, table in tables.items():
+        if section not in SECTIONS:
+            raise ConfigError(f"{file}: there is no section [{section}]; {_nearest(section, SECTIONS)}.")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file}: {section} is a section: write [{section}].")
+        for name, value in table.items():
+            full = f"{section}.{name}"
+            if full in PATHS and isinstance(value, str) and value:
+                value = str(file.parent / value)
+            yield full, value
+
+
+def _read_environment(config: Config, environ: Mapping[str, str]) -> Config:
+    """Variables with a double underscore after the section are settings; the others belong to somebody else."""
+    known = {s.name: s for s in settings()}
+    for variable, text in environ.items():
+        if not variable.startswith(PREFIX) or "__" not in variable:
+            continue
+        name = variable.removeprefix(PREFIX).lower().replace("__", ".")
+        if name not in known:
+            raise ConfigError(f"environment {variable}: there is no such setting; {_nearest(name, known)}.")
+        config = override(config, {name: _from_text(known[name], text)}, f"environment {variable}")
+    return config
+
+
+def _from_text(s: Setting, text: str) -> Any:
+    """The value that `text` means for a setting of this type; nonsense stays text and is refused later."""
+    if s.type is str:
+        return text
+    if get_origin(s.type) is tuple and not text.lstrip().startswith("["):
+        parts = [p.strip() for p in text.split(",") if p.strip()]
+        text = "[" + ", ".join(parts if get_args(s.type)[0] is not str else map(_toml, parts)) + "]"
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        return text
+
+
+def _override(config: Config, values: Iterable[tuple[str, Any]], source: str) -> Config:
+    known = {s.name: s for s in settings()}
+    sources = dict(config.sources)
+    for name, value in values:
+        if name not in known:
+            raise ConfigError(f"{source.removeprefix('file ')}: there is no setting {name}; {_nearest(name, known)}.")
+        section, key = name.split(".")
+        checked = _checked(known[name], value, source.removeprefix("file "))
+        config = replace(config, **{section: replace(getattr(config, section), **{key: checked})})
+        sources[name] = source
+    return replace(config, sources=sources)
+
+
+def _checked(s: Setting, value: Any, source: str) -> Any:
+    """`value` in the setting's type. Raises ConfigError, saying what is allowed."""
+    refusal = ConfigError(f"{source}: {s.name} must be {s.allowed}, not {_shown(value)}.")
+    if get_origin(s.type) is tuple:
+        kind = get_args(s.type)[0]
+        if not isinstance(value, (list, tuple)) or not all(_is(v, kind) for v in value):
+            raise refusal
+        return tuple(kind(v) for v in value)
+    if not _is(value, s.type) or (s.choices and value not in s.choices):
+        raise refusal
+    if s.low is not None and s.high is not None and not s.low <= value <= s.high:
+        raise refusal
+    return s.type(value)
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Strictly: true is no number, and 5.0 no whole number; a whole number is a number."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1, 0.4)
+    return f"did you mean {close[0]}?".removesuffix("?") if close else f"there are {', '.join(sorted(known)[:8])}"

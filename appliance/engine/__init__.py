@@ -1,0 +1,1 @@
+"""Continuous batching over one llama.cpp context. Knows tokens; not keys, plans, HTTP or SQLite."""

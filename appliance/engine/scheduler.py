@@ -1,0 +1,418 @@
+"""What the next step computes. Pure: decides on counts and hands out a `Step`; the engine performs it on the real context.
+
+Per step: expire waiters, admit by fairness (sharing prefixes, also of running sequences), decode every running sequence,
+and prefill prompts under a token budget. KV pressure is a scheduling event: retained prefixes go first, then the youngest
+sequence of the lowest weight is preempted and computed again later. Owns the sequence ids of the context; knows no
+sampling, text or threads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from appliance.engine.cells import CellTable
+from appliance.engine.fairness import OUTPUT_COST, PROMPT_COST, WaitingLine
+from appliance.engine.prefixes import PrefixIndex
+from appliance.engine.sequence import Sequence, Status
+from appliance.errors import Saturated
+
+SHARED_ROOT = ""  # namespace of the prefixes that the appliance itself owns
+FOLLOW_GAIN = 32  # tokens worth waiting for, that a running prefill will have computed
+RETAIN_AT_LEAST = 16  # shorter prefixes are not worth a sequence id
+HEADROOM = 64  # cells kept for the growth of a sequence, when another one asks to be admitted
+LOOK_AHEAD = 8  # waiters that may pass one which does not fit
+LOOK_AHEAD_SECONDS = 2.0  # after which nobody passes it any more
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the context offers: `ids` sequence ids, `capacity` cells, at most `per_sequence` tokens for one sequence."""
+
+    slots: int
+    ids: int
+    capacity: int
+    per_sequence: int
+    unified: bool
+    batch: int
+    ubatch: int
+    queue: int
+    can_share: bool = True  # recurrent models keep no cells: nothing to share or to retain
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The empty `target` gets the first `count` tokens of `source`."""
+
+    source: int
+    target: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Truncate:
+    """`slot` keeps its first `count` tokens."""
+
+    slot: int
+    count: int
+
+
+Operation = Copy | Truncate
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """`count` tokens of `sequence` from `start`; `output` asks for the logits of the last one."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    output: bool
+
+
+@dataclass(slots=True)
+class Step:
+    """Cache operations in order, then one decode call per list of slices (ascending sequence ids)."""
+
+    operations: list[Operation] = field(default_factory=list)
+    calls: list[list[Slice]] = field(default_factory=list)
+    expired: list[Sequence] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Retained:
+    """A finished sequence whose cells are kept for later prompts that begin alike."""
+
+    namespace: str
+    tokens: NDArray[np.int32]
+
+
+class Scheduler:
+    """Decides; see the module. Call `schedule`, perform the step, then `complete`; or `kv_full` when it did not fit."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.line = WaitingLine()
+        self.running: list[Sequence] = []  # in order of admission
+        self.retained: OrderedDict[int, Retained] = OrderedDict()  # by sequence id, least recently used first
+        self.cells = CellTable(limits.capacity, unified=limits.unified, per_sequence=limits.per_sequence)
+        self.preemptions = 0
+        self._index = PrefixIndex()
+        self._free_ids = set(range(limits.ids))
+        self._operations: list[Operation] = []
+        self._blocked_since: float | None = None  # since when the first in line does not fit
+
+    # ── arrivals and departures ──────────────────────────────────────────────────────────────────────────────────
+
+    def submit(self, sequences: list[Sequence]) -> None:
+        """The choices of one request join the line, or `Saturated` is raised and none does."""
+        if len(self.line) + len(sequences) > self.limits.queue + self.idle_slots:
+            raise Saturated(f"The waiting line is full ({len(self.line)} requests wait).", retry_after=5)
+        for sequence in sequences:
+            self.line.arrive(sequence)
+
+    @property
+    def idle_slots(self) -> int:
+        return self.limits.slots - len(self.running)
+
+    def finish(self, sequence: Sequence, *, retain: bool = True) -> None:
+        """`sequence` is done, cancelled or failed; its computed tokens stay as a cached prefix if `retain`."""
+        if sequence.status is Status.FINISHED:
+            return
+        if sequence.status is Status.RUNNING:
+            self._release(sequence, retain=retain)
+        else:
+            self.line.take(sequence)
+        sequence.status = Status.FINISHED
+        self.line.leave(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Back to the head of its account's line; what it computed stays retained until the cells are needed."""
+        self._release(sequence, retain=True)
+        sequence.status = Status.WAITING
+        sequence.times_preempted += 1
+        self.preemptions += 1
+        self.line.put_back(sequence)
+
+    def reset(self) -> None:
+        """The context was rebuilt empty: everything that ran waits again, in its old order."""
+        for sequence in reversed(self.running):
+            sequence.status, sequence.computed, sequence.slot = Status.WAITING, 0, -1
+            self.line.put_back(sequence)
+        self.running.clear()
+        self.retained.clear()
+        self.cells = CellTable(self.limits.capacity, unified=self.limits.unified, per_sequence=self.limits.per_sequence)
+        self._index = PrefixIndex()
+        self._free_ids = set(range(self.limits.ids))
+        self._operations.clear()
+
+    # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def schedule(self, now: float, budget: int) -> Step:
+        """The next step; `budget` is the most prompt tokens it may compute. A step without calls means: nothing to do."""
+        step = Step(expired=self._expire(now))
+        self._admit(now)
+        decoding = [s for s in self.running if s.pending == 1]
+        self._make_cells(len(decoding))
+        decoding = [s for s in decoding if s.status is Status.RUNNING]
+        slices = [Slice(s, s.computed, 1, True) for s in decoding]
+        prefills = self._prefills(budget, len(decoding))
+        step.operations, self._operations = self._operations, []
+        step.calls = self._calls(slices, prefills)
+        return step
+
+    def complete(self, call: list[Slice]) -> None:
+        """One decode call of the step was computed."""
+        for part in call:
+            part.sequence.computed += part.count
+            self.cells.append(part.sequence.slot, part.count)
+            if part.output:
+                self.line.charge(part.sequence, OUTPUT_COST)
+
+    def kv_full(self) -> bool:
+        """llama.cpp found no cells although the table has some: give back what can be; False when nothing is left."""
+        if self.retained:
+            self._evict()
+            return True
+        victim = self._victim()
+        if victim is not None and len(self.running) > 1:
+            self.preempt(victim)
+            self._evict_all()
+            return True
+        return False
+
+    # ── admission ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _expire(self, now: float) -> list[Sequence]:
+        late = [s for s in self.line if s.deadline <= now and not s.times_preempted]
+        for sequence in late:
+            self.finish(sequence)
+        return late
+
+    def _admit(self, now: float) -> None:
+        """Admits waiters in fair order until nobody fits. Whoever waits for a prefix that is being computed is passed."""
+        progress = bool(len(self.line))
+        displaced: set[Sequence] = set()  # whoever gave way in this round does not come back in it
+        while progress:
+            progress = False
+            passed = 0
+            for sequence in islice(self.line.order(self._per_account()), 4 * self.limits.slots):
+                if sequence in displaced or self._leader(sequence) is not None:
+                    continue
+                if self._try_admit(sequence, now, displaced):
+                    self._blocked_since = None if not passed else self._blocked_since
+                    progress = True
+                    break
+                passed += 1
+                if passed == 1:
+                    self._blocked_since = self._blocked_since or now
+                too_long = self._blocked_since is not None and now - self._blocked_since > LOOK_AHEAD_SECONDS
+                if not self.idle_slots or passed > LOOK_AHEAD or too_long:
+                    break
+
+    def _try_admit(self, sequence: Sequence, now: float, displaced: set[Sequence]) -> bool:
+        source, shared = self._best_prefix(sequence)
+        if not (self.idle_slots and self._fits(sequence, source, shared)):
+            victim = self._fairness_victim(sequence)
+            if victim is None:
+                return False
+            self.preempt(victim)
+            displaced.add(victim)
+            source, shared = self._best_prefix(sequence)  # the victim may be the source, and is retained now
+            if not self._fits(sequence, source, shared):
+                return False
+        self.line.take(sequence)
+        self._place(sequence, source, shared)
+        sequence.status = Status.RUNNING
+        sequence.admitted = now
+        self.running.append(sequence)
+        if not sequence.times_preempted:
+            sequence.cached_tokens = shared
+            self.line.charge(sequence, PROMPT_COST * (sequence.n_prompt - shared))
+        return True
+
+    def _best_prefix(self, sequence: Sequence) -> tuple[int, int]:
+        """(sequence id, tokens) of the longest computed common prefix; at least the last token is left to compute."""
+        best_id, best = -1, 0
+        for holder, matched in self._matches(sequence):
+            available = min(matched, self.cells.length(holder), sequence.length - 1)
+            if available > best:
+                best_id, best = holder, available
+        return best_id, best
+
+    def _matches(self, sequence: Sequence) -> list[tuple[int, int]]:
+        if not self.limits.can_share:
+            return []
+        found = list(self._index.match(sequence.account, sequence.tokens))
+        if sequence.own_prefix:
+            found += self._index.match(SHARED_ROOT, sequence.tokens[: sequence.own_prefix])
+        return found
+
+    def _leader(self, sequence: Sequence) -> Sequence | None:
+        """A running prefill that will soon hold much more of this prompt than is computed now: worth waiting for."""
+        if not any(s.pending > 1 for s in self.running):
+            return None
+        _, available = self._best_prefix(sequence)
+        prefilling = {s.slot: s for s in self.running if s.pending > 1}
+        for holder, matched in self._matches(sequence):
+            leader = prefilling.get(holder)
+            if leader and min(matched, leader.length, sequence.length - 1) >= available + FOLLOW_GAIN:
+                return leader
+        return None
+
+    def _fits(self, sequence: Sequence, source: int, shared: int) -> bool:
+        """Whether the cells for the rest of `sequence`, and some growth for everybody, are free or can be freed."""
+        if not self.limits.unified:
+            return True
+        growth = sum(min(s.remaining + 1, HEADROOM) + s.pending for s in self.running)
+        needed = sequence.length - shared + min(sequence.remaining, HEADROOM) + growth
+        if needed <= self.cells.free:
+            return True
+        if not self.running:
+            return True  # alone it fits: longer prompts were refused before
+        kept = [s.slot for s in self.running] + ([source] if source in self.retained else [])
+        return needed <= self.limits.capacity - self.cells.held_by(kept)
+
+    def _place(self, sequence: Sequence, source: int, shared: int) -> None:
+        """Gives `sequence` an id with its shared prefix in it."""
+        if source in self.retained:
+            self.retained.move_to_end(source)
+        if not self.limits.unified and source in self.retained:
+            self._take_over(sequence, source, shared)
+        else:
+            sequence.slot = self._take_id(keep=source)
+            if shared:
+                self._operations.append(Copy(source, sequence.slot, shared))
+                self.cells.share(source, sequence.slot, shared)
+        sequence.computed = shared
+        if self.limits.can_share:
+            self._register(sequence)
+
+    def _take_over(self, sequence: Sequence, slot: int, shared: int) -> None:
+        """Split streams: the retained stream itself becomes the sequence's, which saves the copy."""
+        del self.retained[slot]
+        self._index.remove(slot)
+        self._truncate(slot, shared)
+        sequence.slot = slot
+
+    def _take_id(self, keep: int) -> int:
+        """The lowest free id (dense ids keep split batches whole), else the least recently used retained one's."""
+        if not self._free_ids:
+            self._evict(next(slot for slot in self.retained if slot != keep))
+        slot = min(self._free_ids)
+        self._free_ids.remove(slot)
+        return slot
+
+    def _register(self, sequence: Sequence) -> None:
+        self._index.insert(sequence.account, sequence.tokens, sequence.slot)
+        if sequence.own_prefix:
+            self._index.insert(SHARED_ROOT, sequence.prompt[: sequence.own_prefix], sequence.slot)
+
+    # ── room ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _make_cells(self, needed: int) -> None:
+        """Frees cells for `needed` tokens: retained prefixes first, then whoever is youngest at the lowest weight."""
+        while self.limits.unified and self.cells.free < needed:
+            if self.retained:
+                self._evict()
+            elif (victim := self._victim()) is not None and len(self.running) > 1:
+                self.preempt(victim)
+                needed -= victim.pending == 1
+            else:
+                return
+
+    def _victim(self) -> Sequence | None:
+        """Under KV pressure: the batch lane before the interactive one, the lowest weight, then the youngest."""
+        return min(self.running, key=lambda s: (s.lane != "batch", s.weight, -s.admitted, -s.number), default=None)
+
+    def _fairness_victim(self, waiter: Sequence) -> Sequence | None:
+        """The youngest sequence of the account furthest above its share, if `waiter`'s account stays below it after the swap.
+
+        The swap must not invite its own reversal: the loser, one sequence poorer, still has at least as much per
+        weight as the winner, one richer.
+        """
+        per_account = self._per_account()
+        loads = {s.account: per_account[s.account] / s.weight for s in self.running}
+        richest = max(loads, key=lambda a: loads[a], default=None)
+        if richest is None or richest == waiter.account:
+            return None
+        victim = max((s for s in self.running if s.account == richest), key=lambda s: (s.admitted, s.number))
+        after = (per_account[richest] - 1) / victim.weight
+        return victim if after >= (per_account[waiter.account] + 1) / waiter.weight else None
+
+    def _per_account(self) -> Counter[str]:
+        return Counter(s.account for s in self.running)
+
+    def _release(self, sequence: Sequence, *, retain: bool) -> None:
+        """Takes `sequence` off its id; the id becomes a retained prefix or is free."""
+        self.running.remove(sequence)
+        slot, computed = sequence.slot, sequence.computed
+        sequence.slot, sequence.computed = -1, 0
+        self._index.remove(slot)
+        if not (retain and self.limits.can_share and computed >= RETAIN_AT_LEAST):
+            self._truncate(slot, 0)
+            self._free_ids.add(slot)
+            return
+        tokens = sequence.tokens[:computed].copy()
+        for other in list(self._index.ends_within(sequence.account, tokens)):
+            if other in self.retained:
+                self._evict(other)
+        self._index.insert(sequence.account, tokens, slot)
+        if sequence.own_prefix:
+            self._index.insert(SHARED_ROOT, tokens[: sequence.own_prefix], slot)
+        self.retained[slot] = Retained(sequence.account, tokens)
+
+    def _evict(self, slot: int | None = None) -> None:
+        """Drops a retained prefix, the least recently used one by default."""
+        if slot is None:
+            slot = next(iter(self.retained))
+        del self.retained[slot]
+        self._index.remove(slot)
+        self._truncate(slot, 0)
+        self._free_ids.add(slot)
+
+    def _evict_all(self) -> None:
+        while self.retained:
+            self._evict()
+
+    def _truncate(self, slot: int, count: int) -> None:
+        if self.cells.length(slot) > count:
+            self.cells.truncate(slot, count)
+            self._operations.append(Truncate(slot, count))
+
+    # ── the batch ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _prefills(self, budget: int, n_decoding: int) -> list[Slice]:
+        """Prompt chunks under the budget: the least served account first, within it the shortest remainder."""
+        prefilling = [s for s in self.running if s.pending > 1]
+        prefilling.sort(key=lambda s: (s.lane == "batch", self.line.counter(s.account), s.pending, s.number))
+        left = max(0, min(budget, self.limits.batch - n_decoding))
+        slices: list[Slice] = []
+        for sequence in prefilling:
+            if sequence.status is not Status.RUNNING or left <= 0:
+                continue
+            count = min(sequence.pending, left)
+            if self.limits.unified:
+                count = min(count, self._cells_for_prefill(count, n_decoding, slices))
+            if count > 0 and sequence.status is Status.RUNNING:
+                left -= count
+                slices.append(Slice(sequence, sequence.computed, count, count == sequence.pending))
+        return slices
+
+    def _cells_for_prefill(self, count: int, n_decoding: int, planned: list[Slice]) -> int:
+        """How many of `count` cells there are beside what the step already needs, after evicting retained prefixes."""
+        reserved = n_decoding + sum(s.count for s in planned)
+        while self.cells.free < reserved + count and self.retained:
+            self._evict()
+        if self.cells.free <= reserved and not reserved and len(self.running) > 1:
+            self._make_cells(1)  # prefills alone have filled the cache: one of them gives way
+        return self.cells.free - reserved
+
+    def _calls(self, decoding: list[Slice], prefills: list[Slice]) -> list[list[Slice]]:
+        """One mixed call in a unified cache; in a split one decodes and prompts apart, as their lengths differ."""
+        groups = [decoding + prefills] if self.limits.unified else [decoding, prefills]
+        return [sorted(g, key=lambda s: s.sequence.slot) for g in groups if g]

@@ -1,0 +1,104 @@
+"""The nouns that all layers share: what is asked, what is answered, and who asks. No behaviour beyond properties."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant"]
+Scope = Literal["full", "read", "llm", "workflow"]
+FinishReason = Literal["stop", "length"]
+Lane = Literal["interactive", "batch"]
+
+SCOPES: tuple[Scope, ...] = ("full", "read", "llm", "workflow")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation; `content` is plain text."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is calling: a key that was found valid, and the account that pays."""
+
+    account_id: str
+    account_name: str
+    plan: str
+    key_id: str
+    scope: Scope
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and penalties 0/1 switch off.
+
+    Penalties follow the usual definitions: `repeat_penalty` divides positive and multiplies negative logits of
+    tokens among the last `penalty_last_n`; `frequency_penalty` and `presence_penalty` are subtracted, as in OpenAI's API.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    penalty_last_n: int = 64
+    seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """One chat completion, as a provider takes it."""
+
+    messages: tuple[Message, ...]
+    account: str  # namespace of the prefix cache and unit of fairness
+    sampling: Sampling = field(default_factory=Sampling)
+    weight: float = 1.0  # the plan's share under contention
+    max_tokens: int | None = None  # None: 1,024 or what fits
+    stop: tuple[str, ...] = ()
+    json_schema: dict[str, Any] | None = None
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None  # None: none; k: the chosen token's and the k likeliest alternatives'
+    lane: Lane = "interactive"
+    own_prefix: int = 0  # how many leading messages are the appliance's own (shared cache root)
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Model tokens of one completion; `cached_tokens` of the prompt were not computed again."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's text, bytes and natural-log probability under the unmodified distribution, with alternatives."""
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One piece of an answer. The last one of a choice has `finish_reason`; the last of all has `usage`."""
+
+    text: str = ""
+    index: int = 0
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()

@@ -1,0 +1,1 @@
+"""Who answers a completion. A provider is one async generator of chunks; everything else is written once around it."""

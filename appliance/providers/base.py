@@ -1,0 +1,27 @@
+"""The interface of every provider."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from appliance.messages import Chunk, CompletionRequest
+
+
+class Provider(Protocol):
+    """Answers completions under `name` with `model`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def model(self) -> str:
+        """Name of the model that answers now. Raises ModelNotReady when there is none."""
+        ...
+
+    def complete(self, request: CompletionRequest) -> AsyncGenerator[Chunk]:
+        """The answer piece by piece; the last chunk carries the usage. Closing the generator ends the work.
+
+        Raises ApplianceError, before the first chunk whenever it can be known by then.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""What the appliance remembers: one encrypted SQLite file. The only SQL of the project is in this package."""

@@ -1,0 +1,75 @@
+"""Users: people who sign in. Passwords are kept as argon2id hashes."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from argon2 import PasswordHasher
+from argon2.exceptions import VerificationError
+
+from appliance.errors import BadRequest, Conflict
+from appliance.store.database import Store
+from appliance.store.ids import checked_name, new_id, now
+
+ROLES = ("administrator", "member")
+SHORTEST_PASSWORD = 10
+_hasher = PasswordHasher()  # argon2id with the library's current recommendations
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """One person; administrators need no account."""
+
+    id: str
+    account_id: str | None
+    name: str
+    role: str
+    created: int
+    disabled: int | None
+
+
+def create(store: Store, name: str, password: str, role: str, account_id: str | None) -> User:
+    """A new user, durable when it returns. Raises BadRequest, or Conflict for a name that is taken."""
+    user = User(new_id("usr"), account_id, checked_name(name, "a user"), role, now(), None)
+    if role not in ROLES:
+        raise BadRequest(f"There is no role {role[:50]!r}; the roles are {', '.join(ROLES)}.")
+    if not SHORTEST_PASSWORD <= len(password) <= 1_000:
+        raise BadRequest(f"A password needs {SHORTEST_PASSWORD} to 1,000 characters.")
+    hashed = _hasher.hash(password)
+
+    def insert(db: Any) -> None:
+        if db.execute("select 1 from users where name = ?", [user.name]).fetchone():
+            raise Conflict(f"There is a user {user.name!r} already.")
+        db.execute(
+            "insert into users (id, account_id, name, role, password_hash, created) values (?, ?, ?, ?, ?, ?)",
+            [user.id, account_id, user.name, role, hashed, user.created],
+        )
+
+    store.write(insert, durable=True).result()
+    return user
+
+
+def listing(store: Store) -> list[User]:
+    """All users, oldest first."""
+    query = "select id, account_id, name, role, created, disabled from users order by created, rowid"
+    return [User(*row) for row in store.read(lambda db: db.execute(query).fetchall())]
+
+
+def verify(store: Store, name: str, password: str) -> User | None:
+    """The user of this name and password; None otherwise, in about the same time."""
+    query = "select id, account_id, name, role, created, disabled, password_hash from users where name = ?"
+    row = store.read(lambda db: db.execute(query, [name]).fetchone())
+    try:
+        _hasher.verify(row[6] if row else _nobodys_hash(), password)
+    except VerificationError:
+        return None
+    return User(*row[:6]) if row and row[5] is None else None
+
+
+@cache
+def _nobodys_hash() -> str:
+    """Checked for names that do not exist, so that they take the usual time."""
+    return _hasher.hash(secrets.token_hex())

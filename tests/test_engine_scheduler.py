@@ -1,0 +1,403 @@
+"""The scheduler, the radix index, the cell table and the fairness counters, without a model.
+
+`Simulator` is the other side of the scheduler's contract: it performs every step on a plain dictionary of sequence ids,
+refuses what the real cache would refuse, and counts cells its own way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from appliance.engine.cells import CellTable
+from appliance.engine.fairness import WaitingLine
+from appliance.engine.prefixes import PrefixIndex, common_prefix
+from appliance.engine.scheduler import Copy, Limits, Scheduler, Step
+from appliance.engine.sequence import Sequence, Status
+from appliance.errors import Saturated
+
+UNIFIED = Limits(slots=4, ids=8, capacity=256, per_sequence=256, unified=True, batch=64, ubatch=64, queue=1_000)
+SPLIT = replace(UNIFIED, ids=4, per_sequence=64, unified=False)
+
+
+def ints(*values: int) -> NDArray[np.int32]:
+    return np.array(values, np.int32)
+
+
+def prompt(length: int, start: int = 1) -> NDArray[np.int32]:
+    return np.arange(start, start + length, dtype=np.int32)
+
+
+class Simulator:
+    """A cache of (token, origin) cells per id; the same origin object in two ids is one shared cell."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.scheduler = Scheduler(limits)
+        self.cache: dict[int, list[tuple[int, object]]] = {}
+        self.now = 0.0
+        self.first_output: dict[Sequence, int] = {}
+        self.steps = 0
+
+    def used(self) -> int:
+        if not self.limits.unified:
+            return sum(map(len, self.cache.values()))
+        return len({id(cell) for row in self.cache.values() for _, cell in row})
+
+    def step(self, budget: int = 64) -> Step:
+        self.now += 1.0
+        self.steps += 1
+        step = self.scheduler.schedule(self.now, budget)
+        for op in step.operations:
+            if isinstance(op, Copy):
+                assert not self.cache.get(op.target), "copied onto an id in use"
+                source = self.cache[op.source][: op.count]
+                assert len(source) == op.count
+                self.cache[op.target] = list(source) if self.limits.unified else [(t, object()) for t, _ in source]
+            else:
+                del self.cache[op.slot][op.count :]
+        assert self.scheduler.cells.used == self.used()
+        self._check()
+        for call in step.calls:
+            self._decode(call)
+        return step
+
+    def _decode(self, call: list) -> None:  # type: ignore[type-arg]
+        slots = [p.sequence.slot for p in call]
+        assert slots == sorted(set(slots)), "a sequence id twice, or not ascending, in one call"
+        assert sum(p.count for p in call) <= self.limits.batch
+        for part in call:
+            row = self.cache.setdefault(part.sequence.slot, [])
+            assert len(row) == part.start, "positions with a hole"
+            row += [(int(t), object()) for t in part.sequence.tokens[part.start : part.start + part.count]]
+            assert len(row) <= self.limits.per_sequence
+        if self.limits.unified:
+            assert self.used() <= self.limits.capacity
+        self.scheduler.complete(call)
+        for part in call:
+            sequence = part.sequence
+            assert [t for t, _ in self.cache[sequence.slot]] == sequence.tokens[: sequence.computed].tolist()
+            if part.output:
+                assert sequence.computed == sequence.length
+                self.first_output.setdefault(sequence, self.steps)
+                sequence.append(int(sequence.length * 7 % 50 + 100 * sequence.number))
+                if not sequence.remaining:
+                    self.scheduler.finish(sequence)
+
+    def _check(self) -> None:
+        slots = [s.slot for s in self.scheduler.running]
+        assert len(set(slots)) == len(slots) <= self.limits.slots
+        assert not set(slots) & set(self.scheduler.retained)
+
+    def run(self, sequences: list[Sequence], most: int = 5_000) -> None:
+        for _ in range(most):
+            if all(s.status is Status.FINISHED for s in sequences):
+                return
+            self.step()
+        raise AssertionError(f"somebody starves: {[s for s in sequences if s.status is not Status.FINISHED]}")
+
+
+def sequence(tokens: NDArray[np.int32], new: int = 8, account: str = "a", **kwargs: float) -> Sequence:
+    return Sequence(tokens, account=account, limit=len(tokens) + new, **kwargs)  # type: ignore[arg-type]
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> list[tuple[int, Sequence]]:
+    """(arrival step, sequence): prompts share prefixes within and between accounts."""
+    found = []
+    for _ in range(draw(st.integers(1, 14))):
+        family, shared, own = draw(st.integers(0, 2)), draw(st.integers(0, 40)), draw(st.integers(1, 20))
+        tokens = np.concatenate(
+            [prompt(shared, 1000 * family), np.array(draw(st.lists(st.integers(0, 3), min_size=own, max_size=own)))]
+        )
+        account = draw(st.sampled_from("abc"))
+        one = Sequence(
+            tokens.astype(np.int32),
+            account=account,
+            limit=min(64, len(tokens) + draw(st.integers(1, 30))),
+            weight={"a": 1.0, "b": 2.0, "c": draw(st.sampled_from([1.0, 4.0]))}[account],
+            lane=draw(st.sampled_from(["interactive", "batch"])),
+            own_prefix=draw(st.sampled_from([0, min(8, len(tokens))])),
+        )
+        found.append((draw(st.integers(0, 25)), one))
+    return found
+
+
+@given(workload=workloads(), unified=st.booleans(), capacity=st.sampled_from([64, 96, 256]), budget=st.integers(1, 64), cancels=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 13)), max_size=4))  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_no_id_twice_no_token_lost_cells_exact_nobody_starves(
+    workload: list[tuple[int, Sequence]], unified: bool, capacity: int, budget: int, cancels: list[tuple[int, int]]
+) -> None:
+    limits = replace(UNIFIED, capacity=capacity, per_sequence=capacity) if unified else SPLIT
+    sim = Simulator(limits)
+    finished_early = set()
+    for at in range(2_000):
+        for arrival, one in workload:
+            if arrival == at:
+                sim.scheduler.submit([one])
+        for when, index in cancels:
+            if when == at and index < len(workload) and workload[index][0] <= at:
+                sim.scheduler.finish(workload[index][1])
+                finished_early.add(workload[index][1])
+        sim.step(budget)
+        if at > 40 and all(s.status is Status.FINISHED for _, s in workload):
+            break
+    for _, one in workload:
+        assert one.status is Status.FINISHED, f"{one} starves"
+        assert one.length == one.limit or one in finished_early
+    assert len(sim.scheduler.line) == 0 and not sim.scheduler.running
+    sim.scheduler._evict_all()
+    sim.step()
+    assert sim.scheduler.cells.used == 0
+
+
+def test_a_prompt_is_shared_from_a_sequence_that_is_still_running() -> None:
+    sim = Simulator(UNIFIED)
+    first = sequence(prompt(40), new=50)
+    sim.scheduler.submit([first])
+    sim.step()
+    second = sequence(np.concatenate([prompt(40), ints(9, 9)]), new=2)
+    sim.scheduler.submit([second])
+    sim.step()
+    assert first.status is Status.RUNNING
+    assert second.cached_tokens == 40
+
+
+def test_followers_wait_for_the_prefix_that_is_being_computed() -> None:
+    sim = Simulator(replace(UNIFIED, capacity=512, per_sequence=512))
+    group = [sequence(np.concatenate([prompt(100), ints(200 + i)])) for i in range(4)]
+    sim.scheduler.submit(group)
+    sim.step(budget=64)
+    assert [s.status for s in group] == [Status.RUNNING] + [Status.WAITING] * 3
+    sim.run(group)
+    assert [s.cached_tokens for s in group] == [0, 100, 100, 100]
+
+
+def test_accounts_never_share_but_the_appliances_own_prefix_is_shared() -> None:
+    sim = Simulator(UNIFIED)
+    mine = sequence(prompt(40), account="a")
+    theirs = sequence(prompt(40), account="b")
+    sim.scheduler.submit([mine])
+    sim.run([mine])
+    sim.scheduler.submit([theirs])
+    sim.run([theirs])
+    assert theirs.cached_tokens == 0
+    own = Sequence(prompt(40, 500), account="a", limit=45, own_prefix=20)
+    sim.scheduler.submit([own])
+    sim.run([own])
+    other = Sequence(prompt(40, 500), account="b", limit=45, own_prefix=20)
+    sim.scheduler.submit([other])
+    sim.run([other])
+    assert other.cached_tokens == 20  # the control: sharing does happen where it is allowed
+
+
+def test_kv_pressure_evicts_then_preempts_the_lowest_weight_and_everybody_finishes() -> None:
+    sim = Simulator(UNIFIED)
+    rich = [sequence(prompt(10, 100 * i), new=100, account="rich", weight=4.0) for i in (1, 2)]
+    poor = [sequence(prompt(10, 100 * i), new=100, account="poor", weight=1.0) for i in (3, 4)]
+    sim.scheduler.submit(rich + poor)
+    sim.run(rich + poor)
+    assert sim.scheduler.preemptions > 0
+    assert all(s.times_preempted == 0 for s in rich)
+    assert all(s.length == s.limit for s in rich + poor)
+
+
+def test_a_newcomer_preempts_the_account_that_holds_everything() -> None:
+    sim = Simulator(replace(UNIFIED, capacity=2_048, per_sequence=2_048))
+    hogs = [sequence(prompt(20, 100 * i), new=300, account="a") for i in range(1, 21)]
+    sim.scheduler.submit(hogs)
+    for _ in range(10):
+        sim.step()
+    assert len(sim.scheduler.running) == 4
+    guest = sequence(prompt(5, 9_000), account="b")
+    sim.scheduler.submit([guest])
+    arrived = sim.steps
+    while guest not in sim.first_output:
+        sim.step()
+    assert sim.first_output[guest] - arrived <= 2
+    sim.run([*hogs, guest])
+    assert all(s.length == s.limit for s in hogs)
+
+
+def test_preemption_for_fairness_does_not_go_back_and_forth() -> None:
+    sim = Simulator(replace(UNIFIED, capacity=2_048, per_sequence=2_048))
+    many = [sequence(prompt(20, 100 * i + 1), new=100, account=f"account {i % 5}") for i in range(20)]
+    sim.scheduler.submit(many)
+    sim.run(many)
+    assert 0 < sim.scheduler.preemptions and max(s.times_preempted for s in many) <= 2
+
+
+def test_interactive_goes_before_batch() -> None:
+    sim = Simulator(replace(UNIFIED, slots=1))
+    batch = [Sequence(prompt(5, 100 * i), account="a", limit=10, lane="batch") for i in range(3)]
+    quick = Sequence(prompt(5, 900), account="a", limit=10, lane="interactive")
+    sim.scheduler.submit([*batch, quick])
+    sim.run([*batch, quick])
+    assert sim.first_output[quick] < min(sim.first_output[b] for b in batch)
+
+
+def test_weights_divide_the_service() -> None:
+    sim = Simulator(replace(UNIFIED, slots=1, ids=4))
+    heavy = [sequence(prompt(5, 100 * i), new=10, account="heavy", weight=4.0) for i in range(1, 13)]
+    light = [sequence(prompt(5, 100 * i), new=10, account="light", weight=1.0) for i in range(21, 33)]
+    sim.scheduler.submit(light + heavy)
+    sim.run(heavy)
+    done = sum(s.status is Status.FINISHED for s in light)
+    assert 2 <= done <= 4  # a quarter of heavy's twelve
+
+
+def test_waiters_expire_at_their_deadline_and_preempted_ones_do_not() -> None:
+    sim = Simulator(replace(UNIFIED, slots=1))
+    running = sequence(prompt(5), new=100)
+    late = sequence(prompt(5, 50), deadline=3.0)
+    sim.scheduler.submit([running, late])
+    expired = [s for _ in range(5) for s in sim.step().expired]
+    assert expired == [late]
+    sim.scheduler.preempt(running)
+    running.deadline = 0.0
+    assert sim.step().expired == []
+
+
+def test_the_waiting_line_is_bounded_and_all_or_nothing() -> None:
+    scheduler = Scheduler(replace(UNIFIED, slots=1, queue=2))
+    scheduler.submit([sequence(prompt(5)) for _ in range(3)])
+    with pytest.raises(Saturated):
+        scheduler.submit([sequence(prompt(5))])
+    assert len(scheduler.line) == 3
+
+
+def test_retained_prefixes_that_a_longer_one_contains_are_dropped() -> None:
+    sim = Simulator(replace(UNIFIED, capacity=1_024, per_sequence=1_024))
+    turns = prompt(20)
+    for _ in range(5):
+        one = sequence(turns, new=5)
+        sim.scheduler.submit([one])
+        sim.run([one])
+        turns = np.concatenate([one.tokens, ints(7, 7, 7)])
+    assert len(sim.scheduler.retained) == 1
+
+
+def test_when_the_cache_says_full_prefixes_go_first_then_a_sequence() -> None:
+    sim = Simulator(UNIFIED)
+    old = sequence(prompt(30, 500), new=3)
+    sim.scheduler.submit([old])
+    sim.run([old])
+    two = [sequence(prompt(30), new=50), sequence(prompt(30, 100), new=50)]
+    sim.scheduler.submit(two)
+    sim.step()
+    assert sim.scheduler.retained
+    assert sim.scheduler.kv_full() and not sim.scheduler.retained and len(sim.scheduler.running) == 2
+    assert sim.scheduler.kv_full() and len(sim.scheduler.running) == 1
+    assert not sim.scheduler.kv_full()
+    sim.run(two)
+
+
+def test_a_rebuilt_context_computes_everything_again() -> None:
+    sim = Simulator(UNIFIED)
+    some = [sequence(prompt(30, 100 * i), new=30) for i in range(3)]
+    sim.scheduler.submit(some)
+    for _ in range(8):
+        sim.step()
+    before = [s.tokens.tolist() for s in some]
+    sim.scheduler.reset()
+    sim.cache.clear()
+    sim.run(some)
+    assert all(s.tokens.tolist()[: len(b)] == b for s, b in zip(some, before, strict=True))
+
+
+# ── cells ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(st.lists(st.tuples(st.sampled_from(["append", "share", "cut"]), st.integers(0, 3), st.integers(0, 3), st.integers(0, 9)), max_size=60))  # fmt: skip
+def test_cells_agree_with_sets(operations: list[tuple[str, int, int, int]]) -> None:
+    table = CellTable(64, unified=True, per_sequence=64)
+    rows: dict[int, list[object]] = {i: [] for i in range(4)}
+    for kind, a, b, n in operations:
+        if kind == "append" and len({id(c) for r in rows.values() for c in r}) + n <= 64 and len(rows[a]) + n <= 64:
+            table.append(a, n)
+            rows[a] += [object() for _ in range(n)]
+        elif kind == "share" and not rows[b] and a != b and n and len(rows[a]) >= n:
+            table.share(a, b, n)
+            rows[b] = rows[a][:n]
+        elif kind == "cut":
+            table.truncate(a, n)
+            del rows[a][n:]
+        assert table.used == len({id(c) for r in rows.values() for c in r})
+        assert [table.length(i) for i in range(4)] == [len(rows[i]) for i in range(4)]
+        assert table.held_by([0, 1]) == len({id(c) for i in (0, 1) for c in rows[i]})
+
+
+def test_cells_refuse_what_does_not_fit() -> None:
+    table = CellTable(8, unified=True, per_sequence=8)
+    table.append(0, 6)
+    with pytest.raises(ValueError, match="cannot grow"):
+        table.append(1, 3)
+    table.append(1, 2)
+    assert table.free == 0
+
+
+# ── the radix index ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=8),
+    st.lists(st.integers(0, 2), min_size=1, max_size=12),
+    st.sets(st.integers(0, 7)),
+)
+def test_the_index_finds_the_longest_prefix(rows: list[list[int]], wanted: list[int], removed: set[int]) -> None:
+    index = PrefixIndex()
+    for holder, row in enumerate(rows):
+        index.insert("a", ints(*row), holder)
+    for holder in removed:
+        index.remove(holder)
+    expected = {
+        holder: n
+        for holder, row in enumerate(rows)
+        if holder not in removed and (n := common_prefix(ints(*row), ints(*wanted)))
+    }
+    found = list(index.match("a", ints(*wanted)))
+    assert dict(found) == expected and len(found) == len(expected)
+    assert [n for _, n in found] == sorted((n for _, n in found), reverse=True)
+    ends = {h for h, n in expected.items() if n == len(rows[h])}
+    assert set(index.ends_within("a", ints(*wanted))) == ends
+    assert not list(index.match("b", ints(*wanted)))
+
+
+def test_the_index_extends_a_holder() -> None:
+    index = PrefixIndex()
+    index.insert("a", ints(1, 2, 3), 0)
+    index.insert("a", ints(1, 2, 9), 1)
+    index.insert("a", ints(1, 2, 3, 4, 5), 0)
+    assert list(index.match("a", ints(1, 2, 3, 4, 5))) == [(0, 5), (1, 2)]
+    index.remove(0)
+    assert list(index.match("a", ints(1, 2, 3, 4, 5))) == [(1, 2)]
+
+
+# ── fairness counters ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_account_that_comes_back_gets_no_credit_for_idleness() -> None:
+    line = WaitingLine()
+    busy, back = sequence(prompt(5), account="busy"), sequence(prompt(5), account="back")
+    line.arrive(busy)
+    line.charge(busy, 500)
+    line.arrive(back)
+    assert line.counter("back") == 500
+    assert [s.account for s in line.order({"busy": 1})] == ["back", "busy"]
+
+
+def test_place_counts_turns() -> None:
+    line = WaitingLine()
+    a = [sequence(prompt(5), account="a") for _ in range(10)]
+    b = [sequence(prompt(5), account="b") for _ in range(2)]
+    batch = Sequence(prompt(5), account="c", limit=9, lane="batch")
+    for one in [*a, *b, batch]:
+        line.arrive(one)
+    assert line.place(b[0]) == 2
+    assert line.place(a[9]) == 12
+    assert line.place(batch) == 13
