@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -120,12 +121,18 @@ class Process:
                 self.local.load(model.name, model.path, placeholder=model.placeholder)
             except ModelError as error:
                 log.error("no model: %s", error.message)
-                self.local.fail(error)
+                self.local.fail(self._without_paths(error.message))
             except Exception:
                 log.exception("the model could not be loaded")
-                self.local.fail(ModelError("the model could not be loaded; see the log"))
+                self.local.fail("it could not be loaded; the server's log says why")
             else:
                 log.info("ready", extra={"model": model.name, "placeholder": model.placeholder})
+
+    def _without_paths(self, sentence: str) -> str:
+        """What callers may know: the file's name, but not where it lies."""
+        for directory in (self.config.models_dir, Path(self.config.engine.model or ".").absolute().parent):
+            sentence = sentence.replace(f"{directory}{os.sep}", "")
+        return sentence
 
     def _close_model(self) -> None:
         with self._swap:

@@ -61,6 +61,14 @@ def parser() -> argparse.ArgumentParser:
         ("min-p", float, 0.05),
     ):
         made.add_argument(f"--{name}", type=kind, default=default, help=f"default {default}")
+    made.add_argument(
+        "--calm",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="a round is measured again when other programs used more of the machine; default 0.1",
+    )
+    made.add_argument("--repeats", type=int, default=2, help="how often a round is measured again at most; default 2")
     made.add_argument("--request-seconds", type=_positive, default=300, metavar="S", help="longest call; default 300")
     made.add_argument("--time-limit", type=_positive, default=3_600, metavar="S", help="longest run; default 3600")
     made.add_argument("--out", type=Path, metavar="FILE", help="all measurements as JSON")
@@ -135,6 +143,12 @@ def report(run: Run, options: argparse.Namespace, facts: dict[str, Any], failure
             "prompt_words": {"template_tokens": run.lengths.template, "tokens_per_word": run.lengths.per_word},
         },
         "commands": run.commands,
+        "disturbance": {
+            "meaning": "share of the machine that other programs used, the larger of a round's sides; rounds repeated",
+            "others": run.others,
+            "repeated": run.repeated,
+            "calm": run.calm,
+        },
         "scenarios": list(options.only),
         "failures": failures,
         "rows": [row.as_json() for row in run.rows],
@@ -164,7 +178,14 @@ def set_up(options: argparse.Namespace, workspace: Path) -> Run:
         request_seconds=options.request_seconds,
         control=options.control,
     )
-    return Run(setup, options.rounds, secrets.token_hex(4), str(options.model or model.name))
+    return Run(
+        setup,
+        options.rounds,
+        secrets.token_hex(4),
+        str(options.model or model.name),
+        calm=options.calm,
+        repeats=options.repeats,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,7 +33,8 @@ from scripts.benchlib.client import (
     together,
 )
 from scripts.benchlib.figures import Goal, Row, compared, quantile, ratios, spread, table
-from scripts.benchlib.processes import child, cpu_seconds, resident_bytes
+from scripts.benchlib.processes import Processors, child, cpu_seconds, resident_bytes
+from scripts.benchlib.run import Run
 from scripts.benchlib.servers import Setup, Size
 
 Answer = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
@@ -500,6 +501,43 @@ def test_a_frozen_process_uses_no_processor_and_a_thawed_one_does(tmp_path: Path
         assert cpu_seconds(busy.pid) > before
 
 
+SPIN = "import time; print('go', flush=True); end = time.time() + 20\nwhile time.time() < end: pass"
+
+
+def test_the_load_of_others_is_told_from_our_own(tmp_path: Path) -> None:
+    before = Processors(0.0, machine=100.0, own=10.0)
+    processors = len(os.sched_getaffinity(0))
+    assert Processors(10.0, 100.0 + 5 * processors, 10.0 + 5 * processors).others_since(before) == 0
+    assert Processors(10.0, 100.0 + 5 * processors, 10.0).others_since(before) == 0.5
+    with child([sys.executable, "-c", SPIN], tmp_path / "log"):
+        said(tmp_path / "log")
+        start = Processors.now()
+        time.sleep(0.5)
+        end = Processors.now()
+        assert end.own - start.own > 0.02  # a child counts as ours while it runs,
+    assert Processors.now().own >= end.own - 0.02  # and after its end
+
+
+def test_a_disturbed_round_is_measured_again_with_other_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = iter([0.5, 0.0, 0.02, 0.01, 0.9, 0.0, 0.8, 0.0])  # two sides a round
+    seen = iter([s for share in shares for s in (share, share)])  # asked twice: for the round and for its line
+    monkeypatch.setattr(Processors, "others_since", lambda self, before: next(seen))
+    run = Run(setup(tmp_path), 2, "run", "m.gguf", repeats=1)
+    numbers: list[int] = []
+
+    async def side(number: int) -> int:
+        numbers.append(number)
+        return number
+
+    got = asyncio.run(run.interleaved("speed", {"ours": side, "peer": side}))
+    assert numbers == [0, 0, 2, 2, 1, 1, 3, 3]
+    assert got == {"ours": [2, 3], "peer": [2, 3]}
+    assert run.repeated == {"speed": 2}
+    assert run.others == {"speed": [0.02, 0.8]}  # the last try counts whatever it was
+
+
 def test_resident_memory_is_split_by_mapping(tmp_path: Path) -> None:
     model = tmp_path / "a model.gguf"
     model.write_bytes(os.urandom(4_000_000))
@@ -547,7 +585,8 @@ def command(tmp_path: Path, *further: str) -> list[str]:
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF")
     peer = stand_in(tmp_path, "llama-server")
-    words = ["--model", str(model), "--llama-server", str(peer), "--control", "--out", str(tmp_path / "out.json")]
+    words = ["--model", str(model), "--llama-server", str(peer), "--control", "--calm", "1"]
+    words += ["--out", str(tmp_path / "out.json")]
     return [sys.executable, "-m", "scripts.bench", *words, *further]
 
 
@@ -582,7 +621,7 @@ def rows_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str, only: st
     monkeypatch.setattr(alone, "PAUSE", (0.02, 0.1))
     monkeypatch.setattr(alone, "IDLE_SECONDS", 0.5)
     out = tmp_path / "out.json"
-    words = ["--model", str(tmp_path / "model.gguf"), "--only", only, "--rounds", "1", "--out", str(out)]
+    words = ["--model", str(tmp_path / "model.gguf"), "--only", only, "--rounds", "1", "--calm", "1", "--out", str(out)]
     assert bench.main(words) == 0
     return {row["what"]: row for row in json.loads(out.read_text())["rows"]}
 

@@ -282,8 +282,7 @@ def test_a_refusal_after_the_headers_is_an_event(tmp_path: Path) -> None:
 
 
 def test_sigterm_lets_a_stream_finish_and_refuses_new_work(tmp_path: Path) -> None:
-    with Box.start(tmp_path) as own:
-        s = own.stream(max_tokens=1_500, ignore_eos=True)
+    with Box.start(tmp_path) as own, own.stream(max_tokens=600, ignore_eos=True) as s:
         received = s.recv(4_096)
         wait_until(lambda: own.ready()["running"] == 1)
         own.process.terminate()
@@ -294,14 +293,13 @@ def test_sigterm_lets_a_stream_finish_and_refuses_new_work(tmp_path: Path) -> No
 
 
 def test_sigterm_ends_within_the_limit_although_a_stream_runs(tmp_path: Path) -> None:
-    with Box.start(tmp_path, APPLIANCE_SERVER__DRAIN_SECONDS="0.5") as own:
-        s = own.stream(max_tokens=8_000, ignore_eos=True)
+    limit = {"APPLIANCE_SERVER__DRAIN_SECONDS": "0.5"}
+    with Box.start(tmp_path, **limit) as own, own.stream(max_tokens=8_000, ignore_eos=True):
         wait_until(lambda: own.ready()["running"] == 1)
         started = time.monotonic()
         own.process.terminate()
         assert own.process.wait(20) == 0
         assert time.monotonic() - started < 0.5 + 2
-        s.close()
 
 
 def test_without_a_usable_model_everything_else_answers(tmp_path: Path) -> None:

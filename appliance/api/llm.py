@@ -123,16 +123,16 @@ class Delta(Struct):
     delta: str
 
 
-class Done(Struct):
+class Done(Struct, kw_only=True):
     """The last event of a stream."""
 
+    done: bool = True
     text: str
     provider: str
     model: str
     usage: UsageBody
     finish_reason: FinishReason
     request_id: str
-    done: bool = True
 
 
 async def chat(request: Request, services: Services) -> Response:
@@ -205,7 +205,12 @@ async def _events(first: asyncio.Future[Chunk], answer: Answer, request_id: str)
         assert chunk.finish_reason is not None
         yield _event(
             Done(
-                "".join(texts), answer.provider, answer.model, usage_body(chunk.usage), chunk.finish_reason, request_id
+                text="".join(texts),
+                provider=answer.provider,
+                model=answer.model,
+                usage=usage_body(chunk.usage),
+                finish_reason=chunk.finish_reason,
+                request_id=request_id,
             )
         )
     except ApplianceError as error:

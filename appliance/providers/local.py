@@ -60,13 +60,9 @@ class LocalProvider:
         self._loop = loop
 
     def load(self, name: str, path: Path, *, placeholder: bool = False) -> None:
-        """Loads the first model. Raises ModelError; the provider then says so to every caller."""
+        """Loads the first model. Raises ModelError; the caller then says `fail`."""
         self.state = f"the model {name} is being loaded"
-        try:
-            self._loaded = self._open(name, path, placeholder)
-        except ModelError as error:
-            self.state = error.message
-            raise
+        self._loaded = self._open(name, path, placeholder)
         self.state = "ready"
 
     def use(self, name: str, path: Path, *, placeholder: bool = False, drain_seconds: float = 30.0) -> None:
@@ -86,9 +82,9 @@ class LocalProvider:
         finally:
             self.state = "ready" if self._loaded else "no model is loaded"
 
-    def fail(self, error: ApplianceError) -> None:
-        """There is no usable model, and why."""
-        self.state = error.message
+    def fail(self, reason: str) -> None:
+        """There is no usable model; `reason` is told to every caller."""
+        self.state = reason.rstrip(".")
 
     def drain(self, seconds: float) -> bool:
         return self._loaded is None or self._loaded.engine.drain(seconds)

@@ -89,6 +89,47 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@dataclass(frozen=True, slots=True)
+class Processors:
+    """Processor seconds at a moment: of the whole machine, with what its hypervisor took, and of this run's."""
+
+    when: float
+    machine: float
+    own: float
+
+    @classmethod
+    def now(cls) -> Processors:
+        user, nice, system, _idle, _iowait, irq, softirq, stolen = map(int, _first_line("/proc/stat").split()[1:9])
+        times = os.times()
+        own = times.user + times.system + times.children_user + times.children_system
+        busy = (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
+        return cls(time.perf_counter(), busy, own + sum(map(_cpu_seconds_or_zero, _children())))
+
+    def others_since(self, before: Processors) -> float:
+        """The share of the machine's processors that others used, 0 to 1."""
+        capacity = (self.when - before.when) * len(os.sched_getaffinity(0))
+        others = (self.machine - before.machine) - (self.own - before.own)
+        return min(1.0, max(0.0, others / capacity)) if capacity else 0.0
+
+
+def _first_line(path: str) -> str:
+    with open(path) as file:
+        return file.readline()
+
+
+def _children() -> list[int]:
+    tasks = Path("/proc/self/task").iterdir()
+    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+
+
+def _cpu_seconds_or_zero(pid: int) -> float:
+    """0 for a process that has just ended: its time is then among the children's of `os.times`."""
+    try:
+        return cpu_seconds(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+
+
 def resident_bytes(pid: int, mapped_file: Path) -> tuple[int, int]:
     """Resident memory of the process: of its mapping of `mapped_file`, and all the rest."""
     wanted = str(mapped_file.resolve())

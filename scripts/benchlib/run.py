@@ -14,6 +14,7 @@ from typing import TypeVar
 from scripts.benchlib import prompts, servers
 from scripts.benchlib.client import Ask, BenchError, Call
 from scripts.benchlib.figures import Row
+from scripts.benchlib.processes import Processors
 from scripts.benchlib.prompts import Lengths
 from scripts.benchlib.servers import Server, Setup, Size
 
@@ -34,6 +35,10 @@ class Run:
     lengths: Lengths = field(default_factory=lambda: Lengths(0.0, 1.0))
     rows: list[Row] = field(default_factory=list)
     commands: dict[str, list[str]] = field(default_factory=dict)
+    calm: float = 0.1  # share of the machine that others may use during a round; it is measured again beyond that,
+    repeats: int = 2  # so many times; which round counts never depends on its figures
+    others: dict[str, list[float]] = field(default_factory=dict)
+    repeated: dict[str, int] = field(default_factory=dict)
 
     async def prepare(self) -> None:
         """Makes the data directory and measures how long our words are in this model's tokens."""
@@ -75,13 +80,35 @@ class Run:
     async def interleaved(self, what: str, sides: Mapping[str, Callable[[int], Awaitable[T]]]) -> dict[str, list[T]]:
         """A B A B …: one measurement of every side per round, so that a slow minute of the machine touches all."""
         results: dict[str, list[T]] = {name: [] for name in sides}
+        shares: list[float] = []
         for number in range(self.rounds):
-            for name, measure in sides.items():
-                started = time.perf_counter()
-                results[name].append(await measure(number))
-                seconds = time.perf_counter() - started
-                say(f"{what}: round {number + 1} of {self.rounds}, {name}, {seconds:.1f} s")
+            for attempt in range(1 + self.repeats):
+                measured, others = await self._round(
+                    f"{what}: round {number + 1} of {self.rounds}", number, attempt, sides
+                )
+                if others <= self.calm or attempt == self.repeats:
+                    break
+                self.repeated[what] = self.repeated.get(what, 0) + 1
+                say(f"{what}: other programs used {others:.0%} of the machine: this round is measured again")
+            shares.append(round(others, 3))
+            for name, value in measured.items():
+                results[name].append(value)
+        self.others[what] = shares
         return results
+
+    async def _round(
+        self, what: str, number: int, attempt: int, sides: Mapping[str, Callable[[int], Awaitable[T]]]
+    ) -> tuple[dict[str, T], float]:
+        """One measurement of every side, and the largest share of the machine that other programs used meanwhile."""
+        measured: dict[str, T] = {}
+        worst = 0.0
+        for name, measure in sides.items():
+            before = Processors.now()
+            measured[name] = await measure(number + self.rounds * attempt)  # another number, another prompt
+            after = Processors.now()
+            worst = max(worst, after.others_since(before))
+            say(f"{what}, {name}, {after.when - before.when:.1f} s, others {after.others_since(before):.0%}")
+        return measured, worst
 
     def on(self, server: Server, measure: Callable[[Server, int], Awaitable[T]]) -> Callable[[int], Awaitable[T]]:
         """A side: thaws `server`, gives it a small call to get warm, measures, and freezes it again."""
