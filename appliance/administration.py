@@ -5,6 +5,7 @@ Every operation takes plain values and returns plain values that JSON can hold.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,15 +56,15 @@ class Administration:
         return asdict(revoked)
 
     def models_list(self) -> list[dict[str, Any]]:
-        return [_described(m) for m in self.catalog.entries()]
+        return [described(m) for m in self.catalog.entries()]
 
     def models_add(self, file: str, name: str | None = None, copy: bool = False) -> dict[str, Any]:
-        return _described(self.catalog.add(Path(file), name=name, copy=copy))
+        return described(self.catalog.add(Path(file), name=name, copy=copy))
 
     def models_use(self, name: str) -> dict[str, Any]:
         """Chooses the model that the next start loads."""
         self.catalog.resolve(name)
-        return _described(self.catalog.choose(name))
+        return described(self.catalog.choose(name))
 
     def models_verify(self, name: str | None = None) -> list[dict[str, Any]]:
         return [{"name": v.model.name, "good": v.good, "problem": v.problem} for v in self.catalog.verify(name)]
@@ -88,14 +89,15 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def perform(administration: Administration, operation: str, arguments: dict[str, Any]) -> Any:
-    """The operation's result. Raises NotFound for an unknown one, BadRequest for wrong arguments, and its own errors."""
+    """The operation's result. Raises NotFound for an unknown one, BadRequest for wrong arguments, its own errors."""
     function = OPERATIONS.get(operation)
     if function is None:
         raise NotFound(f"There is no operation {operation[:50]!r}.")
     try:
-        return function(administration, **arguments)
+        inspect.signature(function).bind(administration, **arguments)
     except TypeError as error:
-        raise BadRequest(f"The arguments of {operation} are off.") from error
+        raise BadRequest(f"The arguments of {operation} are off: {error}.") from error
+    return function(administration, **arguments)
 
 
 def served_model(catalog: Catalog, wanted: str) -> Model:
@@ -108,7 +110,8 @@ def served_model(catalog: Catalog, wanted: str) -> Model:
     return catalog.resolve(chosen.name)
 
 
-def _described(model: Model) -> dict[str, Any]:
+def described(model: Model) -> dict[str, Any]:
+    """A model as JSON."""
     return {
         "name": model.name,
         "file": str(model.path),

@@ -1,34 +1,54 @@
-"""The `appliance` command. Reads words, calls one operation, prints; errors become one sentence on stderr and an exit code.
+"""The `appliance` command. Reads words, calls one operation, prints; an error becomes one sentence and an exit code.
 
 An operation runs in the server when one is running (through its admin socket), else here, under the directory's lock.
+Owns no rule of its own: what an operation does stands in `administration`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import secrets
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 import click
 
 from appliance import __version__, admin, config, doctor, errors, installation, tls
 from appliance.access.keyring import KeyRing
 from appliance.access.plans import PLANS
-from appliance.administration import Administration, perform
+from appliance.administration import Administration, described, perform
 from appliance.catalog import Catalog
 from appliance.config import Config
-from appliance.errors import AlreadyRunning, ApplianceError, NotInitialised, OperatorError
+from appliance.errors import (
+    AlreadyRunning,
+    ApplianceError,
+    BackupError,
+    NotInitialised,
+    OperatorError,
+    ServerUnreachable,
+    UsageError,
+)
 from appliance.messages import SCOPES
 from appliance.store import backup
 from appliance.store.database import Store
 from appliance.store.keyfile import read_key
 from appliance.store.lock import DataDirLock
+
+BUSY_SECONDS = 5.0  # another command, or a server that is just starting, may hold the data directory this long
+PORTION = 1 << 20
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # with these a model, or a GGUF header, could steer a terminal
+
+Answer = Callable[[dict[str, Any]], Iterator[dict[str, Any]]]
 
 
 def _exit_codes() -> str:
@@ -50,6 +70,7 @@ class _Group(click.Group):
             error.show()
             sys.exit(error.exit_code)
         except ApplianceError as error:
+            _show_trace()
             click.echo(f"appliance: {error.message}", err=True)
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):
@@ -59,10 +80,15 @@ class _Group(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except Exception as error:
-            if os.environ.get("APPLIANCE_DEBUG"):
-                traceback.print_exc()
-            click.echo(f"appliance: an unexpected error: {error} (APPLIANCE_DEBUG=1 shows where)", err=True)
+            _show_trace()
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            click.echo(f"appliance: unexpected {what} (APPLIANCE_DEBUG=1 shows where)", err=True)
             sys.exit(1)
+
+
+def _show_trace() -> None:
+    if os.environ.get("APPLIANCE_DEBUG"):
+        traceback.print_exc()
 
 
 @click.group(cls=_Group, epilog=_exit_codes(), context_settings={"help_option_names": ["-h", "--help"]})
@@ -80,15 +106,18 @@ def _common(function: Callable[..., Any]) -> Callable[..., Any]:
 _json = click.option("--json", "as_json", is_flag=True, help="print JSON")
 
 
+def _reachable(settings: Config) -> bool:
+    return admin.reachable(admin.socket_path(settings.data_dir))
+
+
 @contextmanager
 def _administration(settings: Config) -> Iterator[Administration]:
     """The store, opened here: no server is running. Raises NotInitialised, AlreadyRunning and what the store raises."""
     _need_initialised(settings)
-    with DataDirLock(settings.data_dir), ExitStack() as stack:
+    with DataDirLock(settings.data_dir):
         key = read_key(settings.key_file)
-        store = Store.open(settings.database, key)
-        stack.callback(store.close)
-        yield Administration(store, key, Catalog(settings.models_dir), KeyRing())
+        with closing(Store.open(settings.database, key)) as store:
+            yield Administration(store, key, Catalog(settings.models_dir), KeyRing())
 
 
 def _need_initialised(settings: Config) -> None:
@@ -97,12 +126,31 @@ def _need_initialised(settings: Config) -> None:
 
 
 def _operate(settings: Config, operation: str, **arguments: Any) -> Any:
-    """One operation, in the running server or here."""
+    """One operation, in the running server or here. Waits a little for whoever holds the directory without a socket."""
+    _need_initialised(settings)
     socket = admin.socket_path(settings.data_dir)
-    if admin.reachable(socket):
-        return admin.call(socket, operation, arguments)
-    with _administration(settings) as administration:
-        return perform(administration, operation, arguments)
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        if admin.reachable(socket):
+            return admin.call(socket, operation, arguments)
+        with ExitStack() as stack:
+            try:
+                administration = stack.enter_context(_administration(settings))
+            except AlreadyRunning:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                return perform(administration, operation, arguments)
+        time.sleep(0.05)
+
+
+def _hand_over(settings: Config, *made: Path) -> None:
+    """What root made belongs to the data directory's owner: the service that runs as this user has to read it."""
+    owner = settings.data_dir.stat()
+    if os.geteuid() == 0 and owner.st_uid != 0:
+        for path in made:
+            with suppress(FileNotFoundError):
+                os.lchown(path, owner.st_uid, owner.st_gid)
 
 
 # ── the appliance ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -114,10 +162,10 @@ def _operate(settings: Config, operation: str, **arguments: Any) -> Any:
 def init(config_file: str | None, data_dir: str | None, as_json: bool) -> None:
     """Makes the data directory, its master key, the database, the first account, administrator and key."""
     settings = config.load(data_dir, config_file)
-    if admin.reachable(admin.socket_path(settings.data_dir)):
+    installation.make_data_dir(settings.data_dir)
+    if _reachable(settings):
         made = installation.Initialised(created=False)
     else:
-        installation.make_data_dir(settings.data_dir)
         with DataDirLock(settings.data_dir):
             made = installation.initialise(settings, os.environ)
     if as_json:
@@ -125,8 +173,9 @@ def init(config_file: str | None, data_dir: str | None, as_json: bool) -> None:
         click.echo(json.dumps({"created": made.created, **(values if made.created else {})}))
     elif made.created:
         click.echo(f"The appliance is in {settings.data_dir}. These two secrets are shown this once:\n")
-        click.echo(f"  administrator  {made.user}\n  password       {made.password or '(unchanged)'}")
-        click.echo(f"  account        {made.account}\n  key            {made.key}")
+        click.echo(f"  administrator  {made.user}\n  password       {made.password}")
+        click.echo(f"  account        {made.account}\n  key            {made.key}\n")
+        click.echo(f"Keep a copy of the master key ({settings.key_file}) elsewhere: nothing opens the data without it.")
     else:
         click.echo(f"{settings.data_dir} holds an appliance already; nothing was changed.")
 
@@ -140,7 +189,7 @@ def init(config_file: str | None, data_dir: str | None, as_json: bool) -> None:
 @click.option("--context", type=int, metavar="TOKENS", help="KV tokens in all, shared by the slots")
 def serve(config_file: str | None, data_dir: str | None, **options: Any) -> int:
     """Serves until SIGTERM or Ctrl-C."""
-    from appliance import app  # brings llama.cpp and the server, which no other command needs
+    from appliance import app  # here: it brings llama.cpp and the server, which would slow down every other command
 
     settings = config.load(data_dir, config_file)
     for name, value in options.items():
@@ -167,7 +216,7 @@ def status(config_file: str | None, data_dir: str | None, as_json: bool) -> None
 def doctor_command(config_file: str | None, data_dir: str | None, as_json: bool) -> int:
     """Checks this machine and this data directory; each problem with its fix. Exit 1 if anything fails."""
     settings = config.load(data_dir, config_file)
-    found = doctor.examine(settings, running=admin.reachable(admin.socket_path(settings.data_dir)))
+    found = doctor.examine(settings, running=_reachable(settings))
     if as_json:
         click.echo(json.dumps([f.row() for f in found]))
     else:
@@ -268,9 +317,12 @@ def models_list(config_file: str | None, data_dir: str | None, as_json: bool) ->
 @_json
 def models_add(config_file: str | None, data_dir: str | None, as_json: bool, file: str, **values: Any) -> None:
     """Checks, hashes and records a GGUF file."""
-    _print(
-        _operate(config.load(data_dir, config_file), "models.add", file=str(Path(file).absolute()), **values), as_json
-    )
+    settings = config.load(data_dir, config_file)
+    _need_initialised(settings)
+    # Here also while the server runs: a service may not see homes and /tmp, and the manifest has a lock of its own.
+    made = described(Catalog(settings.models_dir).add(Path(file), **values))
+    _hand_over(settings, Path(made["file"]), settings.models_dir / "manifest.json")
+    _print(made, as_json)
 
 
 @models.command(name="use")
@@ -279,7 +331,11 @@ def models_add(config_file: str | None, data_dir: str | None, as_json: bool, fil
 @_json
 def models_use(config_file: str | None, data_dir: str | None, as_json: bool, name: str) -> None:
     """Chooses the model; a running server drains, unloads and loads, and keeps the old one if that fails."""
-    _print(_operate(config.load(data_dir, config_file), "models.use", name=name), as_json)
+    settings = config.load(data_dir, config_file)
+    _print(_operate(settings, "models.use", name=name), as_json)
+    if settings.engine.model:
+        where = settings.sources["engine.model"]
+        click.echo(f"The next start serves {settings.engine.model}: {where} sets engine.model.", err=True)
 
 
 @models.command(name="verify")
@@ -304,54 +360,91 @@ def chat(config_file: str | None, data_dir: str | None, prompt: str | None, max_
     """Chats in the terminal: one PROMPT, or a conversation. Uses the running server, else loads the model itself."""
     settings = config.load(data_dir, config_file)
     _need_initialised(settings)
-    socket = admin.socket_path(settings.data_dir)
+    if prompt is None and not sys.stdin.isatty():
+        prompt = _piped()
     with ExitStack() as stack:
-        if admin.reachable(socket):
-            answer: Callable[[dict[str, Any]], Iterator[dict[str, Any]]] = lambda a: admin.stream(socket, "chat", a)  # noqa: E731
-        else:
-            from appliance import app  # as in `serve`
-
-            answer = stack.enter_context(app.local_chat(settings))
-        _converse(answer, prompt, max_tokens)
-
-
-def _converse(answer: Callable[[dict[str, Any]], Iterator[dict[str, Any]]], prompt: str | None, max_tokens: int | None) -> None:  # fmt: skip
-    """One answer for a prompt or piped input; otherwise turn after turn, until Ctrl-D."""
-    once = prompt is not None or not sys.stdin.isatty()
-    messages: list[dict[str, str]] = []
-    while True:
+        answer = _answerer(settings, stack)
         if prompt is None:
-            try:
-                prompt = input("> ") if not once else sys.stdin.read()
-            except EOFError:
-                click.echo()
-                return
-        if prompt.strip():
-            messages.append({"role": "user", "content": prompt})
-            text = _show_answer(answer({"messages": messages, "max_tokens": max_tokens}), stoppable=not once)
-            messages.append({"role": "assistant", "content": text})
-        if once:
-            return
-        prompt = None
+            _converse(answer, max_tokens)
+        else:
+            _show_answer(answer({"messages": [_user(prompt)], "max_tokens": max_tokens}))
 
 
-def _show_answer(parts: Iterator[dict[str, Any]], *, stoppable: bool) -> str:
-    """Prints the answer as it comes; Ctrl-C ends it, and the conversation goes on if `stoppable`."""
+def _answerer(settings: Config, stack: ExitStack) -> Answer:
+    """What answers: the running server, or a model loaded here until `stack` closes."""
+    socket = admin.socket_path(settings.data_dir)
+    if admin.reachable(socket):
+        return lambda arguments: admin.stream(socket, "chat", arguments)
+    from appliance import app  # as in `serve`
+
+    return stack.enter_context(app.local_chat(settings))
+
+
+def _piped() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError("What is piped in is not UTF-8 text.") from error
+
+
+def _user(prompt: str) -> dict[str, str]:
+    """A turn of the person at the terminal. Raises UsageError for one that says nothing or is no text."""
+    if not prompt.strip():
+        raise UsageError("There is no prompt: name one, or pipe it in.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("The prompt is not UTF-8 text.") from error
+    return {"role": "user", "content": prompt}
+
+
+def _converse(answer: Answer, max_tokens: int | None) -> None:
+    """Turn after turn, until Ctrl-D. A turn that fails is told and forgotten; Ctrl-C ends an answer, or a line."""
+    messages: list[dict[str, str]] = []
+    while (prompt := _asked()) is not None:
+        if not prompt.strip():
+            continue
+        try:
+            turns = [*messages, _user(prompt)]
+            text = _show_answer(answer({"messages": turns, "max_tokens": max_tokens}), stoppable=True)
+        except (AlreadyRunning, ServerUnreachable):
+            raise
+        except ApplianceError as error:
+            click.echo(f"appliance: {error.message}", err=True)
+            continue
+        if text:
+            messages = [*turns, {"role": "assistant", "content": text}]
+
+
+def _asked() -> str | None:
+    """The next line from the terminal; None at its end."""
+    while True:
+        try:
+            return input("> ")
+        except EOFError:
+            click.echo()
+            return None
+        except KeyboardInterrupt:
+            click.echo()
+
+
+def _show_answer(parts: Iterator[dict[str, Any]], *, stoppable: bool = False) -> str:
+    """Prints the answer as it comes; Ctrl-C ends it, quietly if `stoppable`. What was said until then."""
     texts: list[str] = []
     try:
         for part in parts:
-            if "part" in part:
-                texts.append(part["part"])
-                click.echo(part["part"], nl=False)
+            if text := part.get("part"):
+                texts.append(text)
+                click.echo(_CONTROL.sub("\ufffd", text), nl=False)
                 sys.stdout.flush()
     except KeyboardInterrupt:
         if not stoppable:
             raise
     finally:
-        close = getattr(parts, "close", None)
-        if close:
-            close()
-        click.echo()
+        if isinstance(parts, Generator):
+            parts.close()  # the server stops generating, now and not when the garbage is collected
+        if texts:
+            click.echo()
     return "".join(texts)
 
 
@@ -387,8 +480,17 @@ def tls_group() -> None:
 def tls_self_signed(config_file: str | None, data_dir: str | None, as_json: bool, force: bool) -> None:
     """Makes a certificate for this machine's names."""
     settings = config.load(data_dir, config_file)
-    made = tls.self_signed(settings.data_dir / "tls", extra_names=settings.server.allowed_hosts, force=force)
-    _print({"tls_cert": str(made.certificate), "tls_key": str(made.key), "names": list(made.names)}, as_json)
+    _need_initialised(settings)
+    server = settings.server
+    names = [*server.allowed_hosts, urlsplit(server.public_url).hostname or ""]
+    made = tls.self_signed(settings.data_dir / "tls", extra_names=names, force=force)
+    _hand_over(settings, made.key.parent, made.key, made.certificate)
+    if as_json:
+        paths = {"tls_cert": str(made.certificate), "tls_key": str(made.key)}
+        click.echo(json.dumps({**paths, "names": list(made.names)}))
+        return
+    click.echo(f"A certificate for {', '.join(made.names)}. To use it, put into config.toml:\n")
+    click.echo(f"[server]\ntls_cert = {json.dumps(str(made.certificate))}\ntls_key = {json.dumps(str(made.key))}")
 
 
 @main.command(name="backup")
@@ -397,7 +499,48 @@ def tls_self_signed(config_file: str | None, data_dir: str | None, as_json: bool
 @_json
 def backup_command(config_file: str | None, data_dir: str | None, as_json: bool, file: str) -> None:
     """Writes a backup, and proves it: opened, decrypted, integrity-checked and counted."""
-    _print(_operate(config.load(data_dir, config_file), "backup", file=str(Path(file).absolute())), as_json)
+    settings, target = config.load(data_dir, config_file), Path(file).absolute()
+    if not _reachable(settings):
+        _print(_operate(settings, "backup", file=str(target)), as_json)
+        return
+    if os.path.lexists(target):
+        raise BackupError(f"{target} exists already; a backup overwrites nothing.")
+    # The server may be a service that sees no place but its data directory: it writes there, and we fetch it.
+    staged = settings.data_dir / f"backup-{secrets.token_hex(8)}.tmp"
+    try:
+        made = _operate(settings, "backup", file=str(staged))
+        _fetch(staged, target)
+    finally:
+        staged.unlink(missing_ok=True)
+    _print({**made, "path": str(target)}, as_json)
+
+
+def _fetch(staged: Path, target: Path) -> None:
+    """Copies a proved backup, and proves the copy by reading it again. Raises BackupError."""
+    try:
+        with open(target, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as copy:
+            try:
+                _copy(staged, copy)
+                if _digest(target) != _digest(staged):
+                    raise BackupError(f"The backup {target} reads back differently: the disk is failing.")
+            except BaseException:
+                target.unlink()
+                raise
+    except OSError as error:
+        raise BackupError(f"The backup {target} cannot be written: {error.strerror}.") from error
+
+
+def _copy(source: Path, copy: BinaryIO) -> None:
+    with source.open("rb") as original:
+        while portion := original.read(PORTION):
+            copy.write(portion)
+    copy.flush()
+    os.fsync(copy.fileno())
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 @main.command()
@@ -407,11 +550,12 @@ def backup_command(config_file: str | None, data_dir: str | None, as_json: bool,
 def restore(config_file: str | None, data_dir: str | None, as_json: bool, file: str) -> None:
     """Puts a proved backup in place of the database; the old one is kept beside it. The server must be stopped."""
     settings = config.load(data_dir, config_file)
-    if admin.reachable(admin.socket_path(settings.data_dir)):
-        raise AlreadyRunning("The server is running: stop it, restore, and start it again.")
+    if _reachable(settings):
+        raise AlreadyRunning(f"The server of {settings.data_dir} is running: stop it, restore, and start it again.")
     installation.make_data_dir(settings.data_dir)
     with DataDirLock(settings.data_dir):
         report = backup.restore(Path(file), settings.database, read_key(settings.key_file))
+        _hand_over(settings, settings.database)
     _print({"path": str(settings.database), "bytes": report.bytes, "tables": report.tables}, as_json)
 
 
@@ -440,6 +584,10 @@ def _print_table(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: 
 def _cell(name: str, value: Any) -> str:
     if name in ("created", "revoked", "disabled", "expires", "last_used") and isinstance(value, int):
         return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S")
-    if isinstance(value, (dict, list)):
-        return json.dumps(value)
-    return {None: "-", True: "yes", False: "no"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)  # fmt: skip
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return _CONTROL.sub("\ufffd", str(value))

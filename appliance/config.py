@@ -7,14 +7,15 @@ Owns reading and checking; does not act on any setting. Secrets never live here 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from appliance.errors import ConfigError
+from appliance.errors import ConfigError, DataDirError
 
 
 def setting(
@@ -68,7 +69,7 @@ class EngineSettings:
     )
     gpu_layers: int = setting(-1, "layers on the GPU; -1: all", low=-1, high=10_000)
     split_mode: str = setting("layer", "how several GPUs share the model", choices=("none", "layer", "row", "tensor"))
-    tensor_split: tuple[float, ...] = setting((), "share of each GPU, e.g. [3, 1]")
+    tensor_split: tuple[float, ...] = setting((), "share of each GPU, e.g. [3, 1]", low=0, high=1_000_000)
     kv_type: str = setting(
         "f16", "type of the KV cache", choices=("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
     )
@@ -123,11 +124,8 @@ class Config:
 
 
 SECTIONS: dict[str, type[Any]] = {"server": ServerSettings, "engine": EngineSettings, "store": StoreSettings}
-PATHS = {
-    "server.tls_cert",
-    "server.tls_key",
-    "store.key_file",
-}  # relative ones are relative to the file that names them
+# relative ones are relative to the settings file that names them
+PATHS = {"server.tls_cert", "server.tls_key", "store.key_file"}
 PREFIX = "APPLIANCE_"
 CHECKOUT = Path(__file__).parents[1]
 
@@ -182,17 +180,27 @@ def load(
     environ: Mapping[str, str] = os.environ,
 ) -> Config:
     """The effective settings: defaults, then the first file of `config_file`, the data directory's and the checkout's,
-    then the environment. Raises ConfigError with one line for whatever is wrong."""
-    directory = Path(data_dir) if data_dir else default_data_dir(environ)
-    directory = directory.absolute()
+    then the environment. Raises ConfigError with one line for whatever is wrong, DataDirError for a closed directory.
+    """
+    if data_dir == "":
+        raise ConfigError("option --data-dir: the name of a directory is expected, not an empty text.")
+    directory = Path(data_dir or default_data_dir(environ)).absolute()
     config = Config(directory)
-    if config_file is not None and not Path(config_file).is_file():
-        raise ConfigError(f"There is no settings file {config_file}.")
-    candidates = [Path(config_file)] if config_file else [directory / "config.toml", CHECKOUT / "config.toml"]
-    file = next((c.absolute() for c in candidates if c.is_file()), None)
+    file = _settings_file(directory, config_file)
     if file is not None:
         config = replace(_override(config, _read_file(file), f"file {file}"), file=file)
     return _read_environment(config, environ)
+
+
+def _settings_file(directory: Path, given: str | Path | None) -> Path | None:
+    if given is not None:
+        if not os.path.isfile(given):
+            raise ConfigError(f"option --config: there is no settings file {given}.")
+        return Path(given).absolute()
+    if directory.exists() and not os.access(directory, os.R_OK | os.X_OK):
+        raise DataDirError(f"The data directory {directory} is closed to this user: run as its owner, or as root.")
+    candidates = (directory / "config.toml", CHECKOUT / "config.toml")
+    return next((file for file in candidates if os.path.lexists(file)), None)
 
 
 def override(config: Config, values: Mapping[str, Any], source: str) -> Config:
@@ -214,8 +222,8 @@ def show(config: Config) -> list[tuple[str, str, str]]:
 def example() -> str:
     """The commented `config.toml` of the checkout: every setting at its default."""
     lines = [
-        "# Every setting at its default. Copy this file into the data directory, or name it with --config, and take the",
-        "# mark off the lines you change. APPLIANCE_<SECTION>__<KEY> in the environment overrides a line.",
+        "# Every setting at its default. Copy this file into the data directory, or name it with --config, and take",
+        "# the mark off the lines you change. APPLIANCE_<SECTION>__<KEY> in the environment overrides a line.",
     ]
     section = ""
     for s in settings():
@@ -231,8 +239,9 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    if isinstance(value, list):
+        # TOML's basic strings know JSON's escapes, and want one more
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return str(value)
 
@@ -241,31 +250,42 @@ def _read_file(file: Path) -> Iterable[tuple[str, Any]]:
     """(full name, value) of every line of the file, unknown sections refused."""
     try:
         tables = tomllib.loads(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: the settings file cannot be read.") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: this is not valid TOML: {error}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: the settings file cannot be read.") from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists in lists in lists
+        raise ConfigError(f"{file}: this is not a settings file: a value is too long or too deep.") from error
     for section, table in tables.items():
         if section not in SECTIONS:
-            raise ConfigError(f"{file}: there is no section [{section}]; {_nearest(section, SECTIONS)}.")
+            raise ConfigError(
+                f"{file}: there is no section [{_shown(section, bare=True)}]; {_nearest(section, SECTIONS)}."
+            )
         if not isinstance(table, dict):
-            raise ConfigError(f"{file}: {section} is a section: write [{section}].")
+            raise ConfigError(f"{file}: {section} is a section: write [{section}] on a line of its own.")
         for name, value in table.items():
-            full = f"{section}.{name}"
-            if full in PATHS and isinstance(value, str) and value:
-                value = str(file.parent / value)
-            yield full, value
+            yield f"{section}.{name}", _beside(file, f"{section}.{name}", value)
+
+
+def _beside(file: Path, name: str, value: Any) -> Any:
+    """`value`, as an absolute path where it is one: a relative path is relative to the settings file."""
+    if not isinstance(value, str) or not value:
+        return value
+    path = os.path.normpath(file.parent / os.path.expanduser(value))
+    is_model = name == "engine.model" and (os.sep in value or os.path.isfile(path))  # else a name in the manifest
+    return path if name in PATHS or is_model else value
 
 
 def _read_environment(config: Config, environ: Mapping[str, str]) -> Config:
     """Variables with a double underscore after the section are settings; the others belong to somebody else."""
     known = {s.name: s for s in settings()}
-    for variable, text in environ.items():
+    for variable, text in sorted(environ.items()):
         if not variable.startswith(PREFIX) or "__" not in variable:
             continue
-        name = variable.removeprefix(PREFIX).lower().replace("__", ".")
+        name = variable.removeprefix(PREFIX).lower().replace("__", ".", 1)
         if name not in known:
-            raise ConfigError(f"environment {variable}: there is no such setting; {_nearest(name, known)}.")
+            nearest = _nearest(name, known, lambda n: PREFIX + n.upper().replace(".", "__"))
+            raise ConfigError(f"environment {_shown(variable, bare=True)}: there is no such setting; {nearest}.")
         config = override(config, {name: _from_text(known[name], text)}, f"environment {variable}")
     return config
 
@@ -278,19 +298,24 @@ def _from_text(s: Setting, text: str) -> Any:
         parts = [p.strip() for p in text.split(",") if p.strip()]
         text = "[" + ", ".join(parts if get_args(s.type)[0] is not str else map(_toml, parts)) + "]"
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
+        return _only_value(tomllib.loads(f"value = {text}"), text)
+    except (ValueError, RecursionError):
         return text
+
+
+def _only_value(table: dict[str, Any], text: str) -> Any:
+    return table["value"] if len(table) == 1 else text
 
 
 def _override(config: Config, values: Iterable[tuple[str, Any]], source: str) -> Config:
     known = {s.name: s for s in settings()}
     sources = dict(config.sources)
+    where = source.removeprefix("file ")
     for name, value in values:
         if name not in known:
-            raise ConfigError(f"{source.removeprefix('file ')}: there is no setting {name}; {_nearest(name, known)}.")
+            raise ConfigError(f"{where}: there is no setting {_shown(name, bare=True)}; {_nearest(name, known)}.")
         section, key = name.split(".")
-        checked = _checked(known[name], value, source.removeprefix("file "))
+        checked = _checked(known[name], value, where)
         config = replace(config, **{section: replace(getattr(config, section), **{key: checked})})
         sources[name] = source
     return replace(config, sources=sources)
@@ -298,30 +323,42 @@ def _override(config: Config, values: Iterable[tuple[str, Any]], source: str) ->
 
 def _checked(s: Setting, value: Any, source: str) -> Any:
     """`value` in the setting's type. Raises ConfigError, saying what is allowed."""
-    refusal = ConfigError(f"{source}: {s.name} must be {s.allowed}, not {_shown(value)}.")
-    if get_origin(s.type) is tuple:
-        kind = get_args(s.type)[0]
-        if not isinstance(value, (list, tuple)) or not all(_is(v, kind) for v in value):
-            raise refusal
-        return tuple(kind(v) for v in value)
-    if not _is(value, s.type) or (s.choices and value not in s.choices):
-        raise refusal
-    if s.low is not None and s.high is not None and not s.low <= value <= s.high:
-        raise refusal
-    return s.type(value)
+    listed = get_origin(s.type) is tuple
+    kind = get_args(s.type)[0] if listed else s.type
+    items = value if listed else [value]
+    if not isinstance(items, (list, tuple)) or not all(_fits(s, item, kind) for item in items):
+        raise ConfigError(f"{source}: {s.name} must be {s.allowed}, not {_shown(value)}.")
+    return tuple(kind(item) for item in items) if listed else kind(value)
+
+
+def _fits(s: Setting, value: Any, kind: type) -> bool:
+    if not _is(value, kind) or (s.choices and value not in s.choices):
+        return False
+    return s.low is None or s.high is None or s.low <= value <= s.high  # NaN lies in no range
 
 
 def _is(value: Any, kind: type) -> bool:
-    """Strictly: true is no number, and 5.0 no whole number; a whole number is a number."""
+    """Strictly: true is no number, and 5.0 no whole number; a whole number is a number; no text holds a NUL."""
     if isinstance(value, bool):
         return kind is bool
+    if isinstance(value, str):
+        return kind is str and "\0" not in value
     return isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
 
 
-def _shown(value: Any) -> str:
-    return repr(value)[:60]
+def _shown(value: Any, *, bare: bool = False) -> str:
+    """What was written, on one line and not too long; `bare` leaves out the quotes of a text."""
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python prints
+        return "a huge number"
+    return (text[1:-1] if bare else text)[:60]
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1, 0.4)
-    return f"did you mean {close[0]}?".removesuffix("?") if close else f"there are {', '.join(sorted(known)[:8])}"
+def _nearest(name: str, known: Iterable[str], form: Callable[[str], str] = str) -> str:
+    """The known name that was probably meant, as `form` writes it. A key in the wrong section is found too."""
+    names = list(known)
+    last = name.rpartition(".")[2]
+    same_key = [n for n in names if n.rpartition(".")[2] == last]
+    close = same_key or difflib.get_close_matches(name, names, 1, 0.0)
+    return f"the nearest name is {form(close[0])}"

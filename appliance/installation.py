@@ -6,8 +6,10 @@ Safe to repeat and to resume: what is there stays, and secrets are made and show
 from __future__ import annotations
 
 import secrets
+import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from appliance import tinymodel
@@ -21,80 +23,75 @@ from appliance.store.keyfile import ENVIRONMENT, MasterKey, create_key_file, rea
 
 ACCOUNT, PLAN, ADMINISTRATOR = "default", "enterprise", "admin"
 PLACEHOLDER = "tiny"
+ORIGIN = "init"  # who made the first key
 
 
 @dataclass(frozen=True, slots=True)
 class Initialised:
-    """What `init` made; the secrets are here and nowhere else. All None when everything was there already."""
+    """What `init` made; the secrets are here and nowhere else. Empty when everything was there already."""
 
     created: bool
-    account: str | None = None
-    user: str | None = None
-    password: str | None = None
-    key: str | None = None
+    account: str = ""
+    user: str = ""
+    password: str = field(default="", repr=False)
+    key: str = field(default="", repr=False)
 
 
 def initialise(config: Config, environ: Mapping[str, str]) -> Initialised:
-    """Makes what is missing. Raises DataDirError or KeyFileError. The caller holds the directory's lock."""
-    _make_directory(config.models_dir)
+    """Makes what is missing. Raises DataDirError, KeyFileError or ModelError. The caller holds the directory's lock.
+
+    What can fail comes first and the secrets last: whoever gets none has to be able to call this again.
+    """
+    make_data_dir(config.models_dir)
     with _open_or_create(config, environ) as store:
-        made = _first_account(store)
-    _make_placeholder(config.models_dir)
-    return made
+        _make_placeholder(config.models_dir)
+        return _first_account(store)
 
 
 def make_data_dir(path: Path) -> None:
-    """The data directory itself, for nobody else's eyes. Raises DataDirError."""
-    _make_directory(path)
-
-
-def _make_directory(path: Path) -> None:
+    """The directory, for nobody else's eyes; one that is there keeps its mode (`doctor` minds). Raises DataDirError."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise DataDirError(f"The data directory {path} cannot be made: {error.strerror}.") from error
+        raise DataDirError(f"The directory {path} cannot be made: {error.strerror}.") from error
 
 
-class _Opened:
-    """A store for a `with` block."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    def __enter__(self) -> Store:
-        return self.store
-
-    def __exit__(self, *exc: object) -> None:
-        self.store.close()
-
-
-def _open_or_create(config: Config, environ: Mapping[str, str]) -> _Opened:
+def _open_or_create(config: Config, environ: Mapping[str, str]) -> closing[Store]:
     """Never a new database for a lost key, and never a new key for an existing database."""
     if config.database.exists():
-        return _Opened(Store.open(config.database, read_key(config.key_file, environ)))
-    return _Opened(Store.create(config.database, _key_for_new_database(config, environ)))
+        return closing(Store.open(config.database, read_key(config.key_file, environ)))
+    return closing(Store.create(config.database, _key_for_new_database(config, environ)))
 
 
 def _key_for_new_database(config: Config, environ: Mapping[str, str]) -> MasterKey:
-    if environ.get(ENVIRONMENT) or config.key_file.exists():
-        return read_key(config.key_file, environ)
-    return create_key_file(config.key_file)
+    path = config.key_file
+    if environ.get(ENVIRONMENT):
+        return read_key(path, environ)
+    if path.is_file() and path.stat().st_size == 0:
+        path.unlink()  # a beginning that was cut off: an empty file has never been anybody's key
+    return read_key(path, environ) if path.exists() else create_key_file(path)
 
 
 def _first_account(store: Store) -> Initialised:
-    """Account, administrator and key; a beginning that was cut off is completed. Nothing if there is a key already."""
-    if keys.listing(store):
+    """Account, key and administrator, in this order: a beginning that was cut off has no administrator, and is begun
+    again. A key from it has been shown to nobody, and is ended."""
+    if users.listing(store):
         return Initialised(created=False)
+    for lost in keys.listing(store):
+        if lost.created_by == ORIGIN:
+            keys.revoke(store, lost.id)
     found = accounts.listing(store)
     account = found[0] if found else accounts.create(store, ACCOUNT, PLAN)
-    password = None
-    if not users.listing(store):
-        password = secrets.token_urlsafe(15)
-        users.create(store, ADMINISTRATOR, password, "administrator", account.id)
-    raw = key_form.generate()
+    raw, password = key_form.generate(), _password()
     new = keys.NewKey(key_form.digest(raw), *key_form.display(raw))
-    keys.create(store, account.id, "first key", "full", new, "init")
+    keys.create(store, account.id, "first key", "full", new, ORIGIN)
+    users.create(store, ADMINISTRATOR, password, "administrator", account.id)
     return Initialised(True, account.name, ADMINISTRATOR, password, raw)
+
+
+def _password() -> str:
+    """119 random bits that survive shells and double clicks."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(20))
 
 
 def _make_placeholder(models_dir: Path) -> None:

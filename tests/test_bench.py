@@ -211,6 +211,30 @@ def test_a_silent_server_costs_no_more_than_the_time_limit() -> None:
     assert len(got.texts) == 1
 
 
+def test_hanging_up_is_no_failure_of_the_server() -> None:
+    async def meet() -> Reply:
+        async with listening(streaming(our_events(400), STEP)) as target:
+            call = Call(target, Ask("hello", 400))
+            task = asyncio.create_task(call.run())
+            await call.begun.wait()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            return call.reply()
+
+    got = asyncio.run(meet())
+    assert (got.error, got.usage) == ("", None)
+    assert 1 <= len(got.texts) < 400
+
+
+def test_a_dead_servers_last_words_are_in_the_failure(tmp_path: Path) -> None:
+    with child([sys.executable, "-c", "print('out of luck'); raise SystemExit(9)"], tmp_path / "log") as dead:
+        dead.process.wait(20)
+        server = servers.Server("appliance", dead, Target(1, APPLIANCE), [])
+        with pytest.raises(BenchError, match=r"no figure\nappliance ended with 9:\nout of luck"):
+            with servers.last_words(server):
+                raise BenchError("no figure")
+
+
 def test_nobody_listening_is_a_failed_call_and_no_page() -> None:
     async def meet() -> tuple[Reply, int]:
         async with listening(raw(b"")) as target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
@@ -18,13 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from appliance import server, tls
 from appliance.config import ServerSettings
 from appliance.errors import AddressInUse, ConfigError
 from tests.box import Answer
 
-QUICK = {"header_timeout_seconds": 1.0, "body_timeout_seconds": 1.0, "write_timeout_seconds": 1.0, "keep_alive_seconds": 1}
+QUICK = {
+    "header_timeout_seconds": 1.0,
+    "body_timeout_seconds": 1.0,
+    "write_timeout_seconds": 1.0,
+    "keep_alive_seconds": 1,
+}
 
 
 @dataclass
@@ -83,6 +90,15 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
 def until_closed(s: socket.socket) -> bytes:
     received = b""
     while data := s.recv(65_536):
+        received += data
+    return received
+
+
+def until(s: socket.socket, end: bytes) -> bytes:
+    received = b""
+    while not received.endswith(end):
+        data = s.recv(65_536)
+        assert data, f"the server closed after {received!r}"
         received += data
     return received
 
@@ -238,10 +254,20 @@ def test_bytes_after_the_last_request_are_ignored(quick: Edge) -> None:
 
 def test_an_upgrade_is_ignored_and_the_next_request_served(quick: Edge) -> None:
     offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
-    websocket = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    websocket = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\n\r\n"
     with_body = POST + offer + b"Content-Length: 3\r\n\r\nabc"
     first, second, third = answers(quick.send(with_body + GET + websocket + GET + CLOSE))
     assert (first.json["bytes"], second.status, third.status) == (3, 200, 200)
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 37\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n25\r\n"])
+def test_the_body_of_an_upgrade_is_no_request(quick: Edge, framing: bytes) -> None:
+    smuggled = b"GET /happened HTTP/1.1\r\nHost: a.b\r\n\r\n"[:37]
+    end = b"\r\n0\r\n\r\n" if b"chunked" in framing else b""
+    sent = POST + b"Connection: Upgrade\r\nUpgrade: h2c\r\n" + framing + smuggled + end + GET + CLOSE
+    first, second = answers(quick.send(sent))
+    assert (first.json["bytes"], first.json["start"]) == (37, smuggled.decode())
+    assert second.json["path"] == "/hello"
 
 
 def test_the_absolute_form_of_a_target_is_the_same_request(quick: Edge) -> None:
@@ -270,7 +296,9 @@ def test_a_malformed_pipelined_request_waits_for_the_answer_before_it(quick: Edg
 
 
 def test_thousands_of_pipelined_requests_do_no_harm(quick: Edge) -> None:
-    received = answers(quick.send(b"GET /slow?seconds=0.2 HTTP/1.1\r\nHost: localhost\r\n\r\n" + (GET + b"\r\n") * 20_000))
+    received = answers(
+        quick.send(b"GET /slow?seconds=0.2 HTTP/1.1\r\nHost: localhost\r\n\r\n" + (GET + b"\r\n") * 20_000)
+    )
     assert 1 < len(received) < 100
     assert all(a.status == 200 for a in received)
 
@@ -493,7 +521,7 @@ def test_every_answer_is_logged_without_its_content(tmp_path: Path) -> None:
 def test_sigterm_lets_a_running_stream_finish(tmp_path: Path) -> None:
     with edge(tmp_path, drain_seconds=20) as own, own.connect() as s, own.connect() as idle:
         idle.sendall(GET + b"\r\n")
-        assert idle.recv(65_536).startswith(b"HTTP/1.1 200")
+        until(idle, b"}")
         s.sendall(b"GET /stream?n=10&gap=0.1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert s.recv(65_536).startswith(b"HTTP/1.1 200")
         own.process.terminate()
@@ -585,10 +613,51 @@ def test_names_and_both_families_can_be_bound(host: str) -> None:
         assert bound.getsockname()[1] > 0
 
 
-def certificate(directory: Path) -> dict[str, str]:
+def with_certificate(directory: Path) -> dict[str, str]:
     """Settings for a certificate of our own making."""
-    cert, key = directory / "cert.pem", directory / "key.pem"
-    made = tls.self_signed(["localhost", "127.0.0.1"])
-    cert.write_bytes(made.certificate)
-    key.write_bytes(made.key)
-    return {"tls_cert": str(cert), "tls_key": str(key)}
+    made = tls.self_signed(directory / "tls")
+    return {"tls_cert": str(made.certificate), "tls_key": str(made.key)}
+
+
+def test_tls_serves_and_refuses_in_the_same_shape(tmp_path: Path) -> None:
+    settings = with_certificate(tmp_path)
+    context = ssl.create_default_context(cafile=settings["tls_cert"])
+    with edge(tmp_path, **settings, **QUICK) as own:
+        for sent, status in ((GET + CLOSE, 200), (b"rubbish\r\n\r\n", 400), (GET + b"X: " + b"a" * 70_000, 431)):
+            with context.wrap_socket(own.connect(), server_hostname="localhost") as s:
+                s.sendall(sent)
+                (answer,) = answers(until_closed(s))
+            assert answer.status == status
+            assert answer.headers["x-request-id"]
+        started = time.monotonic()
+        with own.connect() as silent:  # a handshake that never comes is cut, too
+            with contextlib.suppress(ConnectionError):
+                assert until_closed(silent) == b""
+        assert time.monotonic() - started < 4
+        own.send(b"GET / HTTP/1.1\r\n\r\n")  # plain text to a TLS port
+        assert "Traceback" not in own.log.read_text()
+
+
+@pytest.mark.parametrize("fault", ["missing", "rubbish", "no key", "other key", "encrypted key"])
+def test_bad_tls_files_are_one_sentence(tmp_path: Path, fault: str) -> None:
+    settings = with_certificate(tmp_path)
+    cert, key = Path(settings["tls_cert"]), Path(settings["tls_key"])
+    if fault == "missing":
+        cert.unlink()
+    elif fault == "rubbish":
+        cert.write_text("rubbish")
+    elif fault == "no key":
+        settings["tls_key"] = ""
+    elif fault == "other key":
+        key.write_bytes(tls.self_signed(tmp_path / "other").key.read_bytes())
+    else:
+        plain = serialization.load_pem_private_key(key.read_bytes(), None)
+        how = serialization.BestAvailableEncryption(b"x")
+        key.write_bytes(plain.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, how))
+    with pytest.raises(ConfigError, match="tls_cert|tls_key") as caught:
+        server.tls_context(ServerSettings(tls_cert=settings["tls_cert"], tls_key=settings["tls_key"]))
+    assert "\n" not in caught.value.message
+
+
+def test_without_tls_settings_there_is_no_context() -> None:
+    assert server.tls_context(ServerSettings()) is None

@@ -1,4 +1,4 @@
-"""The clock and the id of every request, and one log line at its end: never a body, a query string, a header or a key."""
+"""The clock and the id of every request, and one log line at its end: never a body, query string, header or key."""
 
 from __future__ import annotations
 
@@ -31,34 +31,42 @@ class AccessLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", request_id.encode())]}
             await send(message)
 
         try:
             await self.app(scope, receive, stamped)
         finally:
-            _write(scope, CLIENT_GONE if scope["state"].get("gone") else status, time.monotonic() - started)
+            _note(scope, CLIENT_GONE if scope["state"].get("gone") else status, time.monotonic() - started)
+
+
+def new_request_id() -> str:
+    """An id for a request that brought no sane one."""
+    return f"req_{secrets.token_hex(12)}"
+
+
+def write_line(method: str, endpoint: str, status: int, ip: str, request_id: str, key: str | None, ms: float) -> None:
+    """The one line of a request; the server's own refusals, which reach no endpoint, write theirs here too."""
+    fields = {"method": method, "endpoint": endpoint, "status": status, "ip": ip, "request_id": request_id}
+    log.info("request", extra=fields | {"key": key, "ms": ms})
 
 
 def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _SANE_ID.fullmatch(value):
             return str(value.decode("ascii"))
-    return f"req_{secrets.token_hex(12)}"
+    return new_request_id()
 
 
-def _write(scope: Scope, status: int, seconds: float) -> None:
+def _note(scope: Scope, status: int, seconds: float) -> None:
     state = scope["state"]
     caller = state.get("caller")
-    log.info(
-        "request",
-        extra={
-            "method": scope["method"] if scope["method"].isalpha() else "?",
-            "endpoint": state.get("endpoint", "-"),
-            "status": status,
-            "ip": scope["client"][0] if scope["client"] else "-",
-            "request_id": state["request_id"],
-            "key": caller.key_id if caller else None,
-            "ms": round(seconds * 1e3, 1),
-        },
+    write_line(
+        scope["method"],
+        state.get("endpoint", "-"),
+        status,
+        scope["client"][0] if scope["client"] else "-",
+        state["request_id"],
+        caller.key_id if caller else None,
+        round(seconds * 1e3, 1),
     )

@@ -1,34 +1,29 @@
 """Reads a JSON body: size first, then type and encoding, then one strict parser, then the endpoint's struct.
 
-Strict means: UTF-8, at most 64 levels, no NaN, no duplicate keys, no lone surrogates, no numbers of thousands of digits.
-Every refusal is one plain sentence that names the field.
+Strict means: UTF-8, at most 64 levels, no NaN, no duplicate keys, no lone surrogates, no numbers of hundreds of digits.
+Every refusal is one plain sentence; `wording` has those about fields.
 """
 
 from __future__ import annotations
 
 import asyncio
-import difflib
+import codecs
 import json
+import math
 import re
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
+from appliance.api.wording import quoted, sentence
 from appliance.errors import BadRequest, PayloadTooLarge, UnsupportedMediaType
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 DEEPEST = 64
+MOST_DIGITS = 40
 OFF_THE_LOOP = 65_536  # bytes from which decoding goes to a thread
-
-_UNKNOWN = re.compile(r"Object contains unknown field `(?P<field>.*?)`(?: - at `(?P<path>.*)`)?", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(?P<field>.*?)`(?: - at `(?P<path>.*)`)?", re.DOTALL)
-_WRONG = re.compile(r"(?P<what>.*?)(?: - at `(?P<path>.*)`)?", re.DOTALL)
-_WORDS = {
-    "`int`": "a whole number", "`float`": "a number", "`str`": "a text", "`bool`": "true or false",
-    "`object`": "an object", "`array`": "a list", "`null`": "null",
-}  # fmt: skip
 
 
 async def read_json(request: Request, struct: type[T], max_bytes: int) -> T:
@@ -46,7 +41,7 @@ def decode(body: bytes, struct: type[T]) -> T:
     try:
         return msgspec.convert(value, struct, strict=True)
     except msgspec.ValidationError as error:
-        raise BadRequest(_sentence(str(error), struct)) from None
+        raise BadRequest(sentence(str(error), value, struct)) from None
 
 
 def _check_headers(request: Request, max_bytes: int) -> None:
@@ -85,18 +80,17 @@ def _too_large(max_bytes: int) -> NoReturn:
 def _parse(body: bytes) -> Any:
     if not body.strip():
         raise BadRequest("The request has no body: send a JSON object.")
+    if body.startswith(codecs.BOM_UTF8):
+        raise BadRequest("The body begins with a byte order mark: send plain UTF-8.")
     try:
-        value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = _JSON.decode(body.decode("utf-8"))
     except UnicodeDecodeError:
         raise BadRequest("The body is not UTF-8.") from None
     except RecursionError:
         raise BadRequest(f"The JSON is nested deeper than {DEEPEST} levels.") from None
     except json.JSONDecodeError as error:
-        raise BadRequest(
-            f"The body is not JSON: {error.msg.lower()} at line {error.lineno}, column {error.colno}."
-        ) from None
-    except ValueError:
-        raise BadRequest("A number in the JSON has too many digits.") from None
+        where = f"line {error.lineno}, column {error.colno}"
+        raise BadRequest(f"The body is not JSON: {error.msg.lower()} at {where}.") from None
     _check_depth(value)
     try:
         if b"\\u" in body:
@@ -111,9 +105,9 @@ def _parse(body: bytes) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise BadRequest(f"The field {_quoted(twice)} stands twice in one object.")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise BadRequest(f"The field {quoted(twice)} stands twice in one object.")
     return found
 
 
@@ -121,11 +115,30 @@ def _no_constant(name: str) -> NoReturn:
     raise BadRequest(f"{name} is not a JSON number.")
 
 
+def _whole(digits: str) -> int:
+    # Python itself refuses some thousand digits, with another error; fields have tighter ranges of their own.
+    if len(digits) > MOST_DIGITS:
+        raise BadRequest(f"A whole number has {len(digits):,} characters; at most {MOST_DIGITS} are read.")
+    return int(digits)
+
+
+def _fraction(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise BadRequest(f"The number {digits[:20]} is too large.")
+    return number
+
+
+_JSON = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_whole, parse_float=_fraction
+)
+
+
 def _check_depth(value: Any) -> None:
     level, depth = [value], 0
     while level:
         depth += 1
-        if depth > DEEPEST + 1:
+        if depth > DEEPEST:
             raise BadRequest(f"The JSON is nested deeper than {DEEPEST} levels.")
         level = [
             child
@@ -134,45 +147,3 @@ def _check_depth(value: Any) -> None:
             for child in (node.values() if isinstance(node, dict) else node)
             if isinstance(child, (dict, list))
         ]
-
-
-def _sentence(problem: str, struct: type[msgspec.Struct]) -> str:
-    """msgspec's finding in plain words."""
-    if match := _UNKNOWN.fullmatch(problem):
-        field, at = match["field"], match["path"]
-        close = difflib.get_close_matches(field, _fields(struct), 1, 0.5)
-        hint = f"; did you mean {_quoted(close[0])}?" if close else "."
-        return f"Unknown field {_quoted(field)}{_at(at)}{hint}"
-    if match := _MISSING.fullmatch(problem):
-        return f"The field {_quoted(match['field'])} is missing{_at(match['path'])}."
-    match = _WRONG.fullmatch(problem)
-    assert match is not None
-    path = _path(match["path"]) or "The body"
-    return f"{path}: {_plain(match['what'])}."
-
-
-def _plain(what: str) -> str:
-    for marked, words in _WORDS.items():
-        what = what.replace(marked, words)
-    what = what.replace(" | ", " or ").replace("`", "")
-    return what[:1].lower() + what[1:300]
-
-
-def _path(path: str | None) -> str:
-    """`$.messages[...].role` as `messages[].role`."""
-    return (path or "").removeprefix("$").removeprefix(".").replace("[...]", "[]")
-
-
-def _at(path: str | None) -> str:
-    return f" in {_path(path)}" if _path(path) else ""
-
-
-def _fields(struct: type[msgspec.Struct]) -> list[str]:
-    """The names of the struct and of those inside it."""
-    schema = msgspec.json.schema(struct)
-    parts = [schema, *schema.get("$defs", {}).values()]
-    return [name for part in parts for name in part.get("properties", {})]
-
-
-def _quoted(name: str) -> str:
-    return '"' + "".join(c if c.isprintable() else "?" for c in name[:60]) + '"'

@@ -1,4 +1,4 @@
-"""Which `Host` a request may name. Anything else is refused: a foreign name that resolves to this box is a rebinding attack."""
+"""Which `Host` a request may name. Others are refused: a foreign name that leads here is a rebinding attack."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]{1,253})(?::\d{1,5})?", r
 
 
 class Hosts:
-    """Accepts IP literals, localhost, this machine's names, `public_url`'s host and `allowed_hosts`."""
+    """Accepts IP literals, localhost, this machine's names, the host that is listened on, `public_url`'s host and
+    `allowed_hosts`; `*` among these accepts every well-formed one."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self.app = app
-        own = socket.gethostname().lower()
-        public = urlsplit(settings.public_url).hostname or "localhost"
-        self._accepted = {"localhost", own, own.split(".")[0], f"{own.split('.')[0]}.local", public.lower()}
-        self._accepted |= {host.lower() for host in settings.allowed_hosts}
+        own = socket.gethostname()  # not getfqdn, which may ask a name server that does not answer
+        short = own.split(".")[0]
+        public = urlsplit(settings.public_url).hostname
+        names = ["localhost", own, short, f"{short}.local", settings.host, public, *settings.allowed_hosts]
+        self._accepted = frozenset(_bare(name) for name in names if name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -34,11 +36,17 @@ class Hosts:
         if len(values) != 1:
             raise BadRequest("The request needs exactly one Host header.")
         match = _HOST.fullmatch(values[0].decode("latin-1"))
-        if match is None:
+        if match is None or (match[1].startswith("[") and not _is_address(match[1])):
             raise BadRequest("The Host header is malformed.")
-        host = match[1].lower().rstrip(".")
-        if "*" not in self._accepted and host not in self._accepted and not _is_address(host):
+        host = _bare(match[1])
+        if not self._accepted & {"*", host} and not _is_address(host):
             raise BadRequest(f"This server does not answer for {host[:100]}: add the name to [server] allowed_hosts.")
+
+
+def _bare(name: str) -> str:
+    """`name` for comparing: no port, no root dot, lower case."""
+    match = _HOST.fullmatch(name)
+    return (match[1] if match else name).lower().rstrip(".")
 
 
 def _is_address(host: str) -> bool:

@@ -269,9 +269,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         elif name == "join" and len(values) > 1:
             self.spend(len(values[0]) * len(str(values[1])))
         elif name == "indent":
-            self.spend(
-                str(values[0]).count("\n") * max([4, *(v if isinstance(v, int) else len(v) for v in values[1:])])
-            )
+            widths = (v if isinstance(v, int) else len(str(v)) for v in values[1:])
+            self.spend(str(values[0]).count("\n") * max([4, *widths]))
         elif name == "format":
             self._spend_on_format(str(values[0]), values[1:])
 

@@ -147,7 +147,7 @@ class Reply:
     def tokens(self, asked: int) -> int:
         """Tokens by the server's own count. Raises BenchError unless the call ended well and in full length."""
         if self.status != 200 or self.error or self.usage is None:
-            raise BenchError(f"A call failed with status {self.status}: {self.error or 'the stream ended early'}.")
+            raise BenchError(f"A call failed with status {self.status}: {self.error or 'no answer'}.")
         if self.usage.completion_tokens != asked:
             raise BenchError(f"A call brought {self.usage.completion_tokens} tokens instead of {asked}.")
         return asked
@@ -163,6 +163,7 @@ class Call:
         self.sent = self.ended = 0.0
         self._reads: list[tuple[float, bytes]] = []
         self._failure = ""
+        self._hung_up = False  # by us
 
     async def run(self, seconds: float = DEFAULT_SECONDS) -> None:
         """Never raises for what the server does: `reply` tells it. At most `seconds`."""
@@ -170,6 +171,9 @@ class Call:
         try:
             async with asyncio.timeout(seconds):
                 await self._exchange()
+        except asyncio.CancelledError:
+            self._hung_up = True
+            raise
         except TimeoutError:
             self._failure = f"no end within {seconds:.0f} s"
         except OSError as error:
@@ -204,6 +208,8 @@ class Call:
                 texts.append(when)
             usage = dialect.usage(event) or usage
             error = error or (json.dumps(event)[:300] if "error" in event else "")
+        if usage is None and not error and not self._hung_up:
+            error = f"the stream ended early, after {len(texts)} texts and {sum(len(d) for _, d in body)} bytes"
         return Reply(status, self.sent, self.ended, tuple(texts), usage, error)
 
 

@@ -168,6 +168,18 @@ async def add_account(setup: Setup, data_dir: Path, name: str) -> str:
     return str(made["key"])
 
 
+@contextmanager
+def last_words(server: Server) -> Iterator[None]:
+    """A failure while the server is dead is the server's death, told with the end of its output."""
+    try:
+        yield
+    except BenchError as error:
+        if server.child.running:
+            raise
+        code = server.child.process.returncode
+        raise BenchError(f"{error}\n{server.name} ended with {code}:\n{server.child.last_lines()}") from error
+
+
 @asynccontextmanager
 async def ours(setup: Setup, size: Size, data_dir: Path, key: str) -> AsyncIterator[Server]:
     """Our server, ready."""
@@ -177,7 +189,8 @@ async def ours(setup: Setup, size: Size, data_dir: Path, key: str) -> AsyncItera
     with child(command, setup.workspace / "appliance.log", environ) as process:
         server = Server("appliance", process, Target(port, APPLIANCE, key), command, data_dir)
         await ready(server, "/readyz")
-        yield server
+        with last_words(server):
+            yield server
 
 
 @asynccontextmanager
@@ -188,7 +201,8 @@ async def peer(setup: Setup, size: Size, name: str = PEER) -> AsyncIterator[Serv
     with child(command, setup.workspace / f"{name}.log") as process:
         server = Server(name, process, Target(port, OPENAI), command)
         await ready(server, "/health")
-        yield server
+        with last_words(server):
+            yield server
 
 
 @asynccontextmanager
