@@ -1,4 +1,4 @@
-"""The chat service: which provider answers a completion, and the whole answer where nobody streams. No HTTP, no tokens."""
+"""The chat service: which provider answers a completion, and the whole answer where nobody streams. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Chat:
         self._local = local
 
     def start(self, request: CompletionRequest, *, provider: str = "auto", fallback: bool = True) -> Answer:
-        """Names the provider and begins. Raises ModelNotReady, or Unavailable when only `provider` may answer and cannot."""
+        """Names the provider and begins. Raises ModelNotReady, or Unavailable when the only permitted one cannot."""
         if provider == "groq" and not fallback:
             raise Unavailable("Groq is not configured on this box, and the request allows no other provider.")
         return Answer(self._local.name, self._local.model, self._local.complete(request))

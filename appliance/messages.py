@@ -37,7 +37,7 @@ class Sampling:
     """How tokens are drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and penalties 0/1 switch off.
 
     Penalties follow the usual definitions: `repeat_penalty` divides positive and multiplies negative logits of
-    tokens among the last `penalty_last_n`; `frequency_penalty` and `presence_penalty` are subtracted, as in OpenAI's API.
+    tokens among the last `penalty_last_n`; `frequency_penalty` and `presence_penalty` are subtracted, as OpenAI does.
     """
 
     temperature: float = 0.7

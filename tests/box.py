@@ -30,7 +30,9 @@ def environment(**settings: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("APPLIANCE_")} | settings
 
 
-def command(*words: str, data_dir: Path, stdin: str = "", check: bool = True, **settings: str) -> subprocess.CompletedProcess[str]:  # fmt: skip
+def command(
+    *words: str, data_dir: Path, stdin: str = "", check: bool = True, **settings: str
+) -> subprocess.CompletedProcess[str]:
     """Runs an `appliance` command to its end."""
     done = subprocess.run(
         [*APPLIANCE, *words, "--data-dir", str(data_dir)],
@@ -66,7 +68,7 @@ class Box:
     @classmethod
     @contextmanager
     def start(cls, data_dir: Path, *options: str, **settings: str) -> Iterator[Box]:
-        made = json.loads(command("init", "--json", data_dir=data_dir, **settings).stdout)
+        made = json.loads(command("init", "--json", data_dir=data_dir, stdin="", check=True, **settings).stdout)
         with cls.serve(data_dir, *options, key=made.get("key", ""), **settings) as running:
             running.wait_ready()
             yield running
@@ -107,7 +109,16 @@ class Box:
     def command(self, *words: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
         return command(*words, data_dir=self.data_dir, **{**self.settings, **kwargs})
 
-    def request(self, method: str, path: str, body: Any = None, *, key: str | None = "", headers: dict[str, str] | None = None, timeout: float = 60) -> Answer:  # fmt: skip
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        key: str | None = "",
+        headers: dict[str, str] | None = None,
+        timeout: float = 60,
+    ) -> Answer:
         """One request on a connection of its own; `body` is bytes or JSON; `key` None sends none."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         sent = {"Content-Type": "application/json"} if body is not None else {}

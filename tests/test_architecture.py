@@ -1,4 +1,4 @@
-"""The layers: higher ranks import lower ones only, without cycles, and each heavy library has one importer. Checked with ast."""
+"""The layers: higher ranks import lower ones only, no cycles, one importer per heavy library. Checked with ast."""
 
 from __future__ import annotations
 

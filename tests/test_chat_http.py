@@ -49,7 +49,12 @@ def test_a_stream_says_the_same_as_the_whole_answer(box: Box) -> None:
 
 
 def test_a_schema_is_kept(box: Box) -> None:
-    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"], "additionalProperties": False}  # fmt: skip
+    schema = {
+        "type": "object",
+        "properties": {"yes": {"type": "boolean"}},
+        "required": ["yes"],
+        "additionalProperties": False,
+    }
     reply = box.chat(response_format={"type": "json_schema", "json_schema": {"schema": schema}}, max_tokens=100).json
     assert isinstance(json.loads(reply["text"])["yes"], bool)
 
@@ -165,7 +170,9 @@ def test_control_tokens_in_user_text_stay_text(box: Box) -> None:
 
 
 def test_wrong_keys_get_one_identical_401(box: Box) -> None:
-    made = json.loads(box.command("key", "create", "--account", "default", "--name", "gone", "--scope", "llm", "--json").stdout)  # fmt: skip
+    made = json.loads(
+        box.command("key", "create", "--account", "default", "--name", "gone", "--scope", "llm", "--json").stdout
+    )
     assert box.chat(key=made["key"]).status == 200
     box.command("key", "revoke", made["id"])
     refused = [
@@ -193,12 +200,17 @@ def test_doubled_keys_are_refused(box: Box) -> None:
     with socket.create_connection(("127.0.0.1", box.port), timeout=20) as s:
         body = json.dumps({"messages": HELLO}).encode()
         line = f"Authorization: Bearer {box.key}\r\n"
-        s.sendall(f"POST /llm/chat HTTP/1.1\r\nHost: localhost\r\n{line}{line}Content-Length: {len(body)}\r\n\r\n".encode() + body)  # fmt: skip
+        s.sendall(
+            f"POST /llm/chat HTTP/1.1\r\nHost: localhost\r\n{line}{line}Content-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
         assert s.recv(100).startswith(b"HTTP/1.1 401")
 
 
 def test_the_scope_is_checked_before_the_body(box: Box) -> None:
-    made = json.loads(box.command("key", "create", "--account", "default", "--name", "r", "--scope", "read", "--json").stdout)  # fmt: skip
+    made = json.loads(
+        box.command("key", "create", "--account", "default", "--name", "r", "--scope", "read", "--json").stdout
+    )
     answer = box.request("POST", "/llm/chat", b"x" * 3_000_000, key=made["key"])
     assert (answer.status, answer.json["code"]) == (403, "FORBIDDEN")
 

@@ -114,7 +114,7 @@ def test_a_seed_repeats_and_choices_share_the_prompt(tiny_gguf: Path) -> None:
         once = ask(engine, "A long enough prompt " * 12, max_tokens=20, n=3, sampling=sampling)[1].all(3)
         texts = [text_of(once, i) for i in range(3)]
         assert len(set(texts)) == 3
-        assert engine.status()["cached_tokens"] >= 2 * 32
+        assert int(engine.status()["cached_tokens"]) >= 2 * 32
         assert [c.usage for c in once if c.usage] == [once[-1].usage]
         assert once[-1].usage is not None and once[-1].usage.completion_tokens == 60
 
@@ -161,7 +161,12 @@ def test_a_prompt_over_the_context_is_refused_with_both_numbers(tiny_gguf: Path)
 
 
 def test_a_schema_holds_the_answer(tiny_gguf: Path) -> None:
-    schema = {"type": "object", "properties": {"n": {"type": "integer"}, "ok": {"type": "boolean"}}, "required": ["n", "ok"], "additionalProperties": False}  # fmt: skip
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer"}, "ok": {"type": "boolean"}},
+        "required": ["n", "ok"],
+        "additionalProperties": False,
+    }
     with running(tiny_gguf) as engine:
         compiled = SchemaCompiler(engine.model).compile(schema)
         for seed in range(5):
@@ -318,7 +323,7 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(tiny_gguf: Path) -> N
         _, heard = ask(engine, max_tokens=200)
         heard.chunk()
         done = threading.Event()
-        threading.Thread(target=lambda: engine.drain(60) and done.set()).start()
+        threading.Thread(target=lambda: done.set() if engine.drain(60) else None).start()
         wait_until(lambda: engine._draining)
         with pytest.raises(Draining):
             ask(engine)

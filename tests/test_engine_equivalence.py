@@ -80,7 +80,9 @@ def faulty(kind: str) -> tuple[type[Faulty], ContextFactory]:
     return cls, factory
 
 
-def run_company(path: Path, settings: EngineSettings, factory: ContextFactory = make_context) -> tuple[Recorder, dict[str, float | int | str | bool]]:  # fmt: skip
+def run_company(
+    path: Path, settings: EngineSettings, factory: ContextFactory = make_context
+) -> tuple[Recorder, dict[str, float | int | str | bool]]:
     """Three waves in which account a fills every slot, b needs one, and one request is cancelled; rows and counters."""
     recorder = Recorder()
     engine = Engine(path, settings, context_factory=factory, observer=recorder)

@@ -23,12 +23,14 @@ def draws(
     sampling: Sampling, row: NDArray[np.float32], n: int = 2_000, **kwargs: NDArray[np.int32]
 ) -> NDArray[np.int64]:
     sampler = Sampler(sampling)
-    return np.array([sampler.draw(row.copy(), kwargs.get("history", NO_HISTORY)) for _ in range(n)])
+    drawn = [sampler.draw(row.copy(), kwargs.get("history", NO_HISTORY)) for _ in range(n)]
+    return np.array(drawn, np.int64)
 
 
 def softmax(row: NDArray[np.float32]) -> NDArray[np.float64]:
-    weights = np.exp(row.astype(np.float64) - row.max())
-    return weights / weights.sum()
+    weights: NDArray[np.float64] = np.exp(row.astype(np.float64) - row.max())
+    weights /= weights.sum()
+    return weights
 
 
 def allowed_by(s: Sampling, row: NDArray[np.float32]) -> set[int]:
@@ -95,7 +97,9 @@ def test_the_seed_decides_and_choices_differ() -> None:
     assert draws(one, row, 20).tolist() == draws(one, row, 20).tolist()
     assert draws(one, row, 20).tolist() != draws(Sampling(temperature=1.0, seed=6), row, 20).tolist()
     first, second = Sampler(one, choice=0), Sampler(one, choice=1)
-    assert [first.draw(row.copy(), NO_HISTORY) for _ in range(20)] != [second.draw(row.copy(), NO_HISTORY) for _ in range(20)]  # fmt: skip
+    assert [first.draw(row.copy(), NO_HISTORY) for _ in range(20)] != [
+        second.draw(row.copy(), NO_HISTORY) for _ in range(20)
+    ]
 
 
 def test_temperature_zero_is_greedy_with_the_lowest_id_of_equals() -> None:

@@ -128,7 +128,13 @@ def workloads(draw: st.DrawFn) -> list[tuple[int, Sequence]]:
     return found
 
 
-@given(workload=workloads(), unified=st.booleans(), capacity=st.sampled_from([64, 96, 256]), budget=st.integers(1, 64), cancels=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 13)), max_size=4))  # fmt: skip
+@given(
+    workload=workloads(),
+    unified=st.booleans(),
+    capacity=st.sampled_from([64, 96, 256]),
+    budget=st.integers(1, 64),
+    cancels=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 13)), max_size=4),
+)
 @settings(max_examples=200, deadline=None)
 def test_no_id_twice_no_token_lost_cells_exact_nobody_starves(
     workload: list[tuple[int, Sequence]], unified: bool, capacity: int, budget: int, cancels: list[tuple[int, int]]
@@ -313,7 +319,12 @@ def test_a_rebuilt_context_computes_everything_again() -> None:
 # ── cells ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@given(st.lists(st.tuples(st.sampled_from(["append", "share", "cut"]), st.integers(0, 3), st.integers(0, 3), st.integers(0, 9)), max_size=60))  # fmt: skip
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["append", "share", "cut"]), st.integers(0, 3), st.integers(0, 3), st.integers(0, 9)),
+        max_size=60,
+    )
+)
 def test_cells_agree_with_sets(operations: list[tuple[str, int, int, int]]) -> None:
     table = CellTable(64, unified=True, per_sequence=64)
     rows: dict[int, list[object]] = {i: [] for i in range(4)}

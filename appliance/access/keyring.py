@@ -1,4 +1,4 @@
-"""The keys that are valid now, in memory, found by the hash of the whole key. Pure: whoever changes keys replaces its contents."""
+"""The keys that are valid now, in memory, found by the hash of the whole key. Whoever changes keys replaces it."""
 
 from __future__ import annotations
 

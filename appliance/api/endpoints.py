@@ -1,4 +1,4 @@
-"""THE table of endpoints: method, paths, handler, scope. Routes, the gate and the tests read it; nothing else decides access.
+"""THE table of endpoints: method, paths, handler, scope. Routes, gate and tests read it; nothing else decides access.
 
 A handler takes the request and the services and returns a response. The gate runs on the matched route, before a byte
 of the body is read.

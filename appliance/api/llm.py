@@ -50,7 +50,7 @@ class JsonSchema(Struct, forbid_unknown_fields=True):
 
 
 class ResponseFormat(Struct, forbid_unknown_fields=True):
-    """`{"type":"json_schema","json_schema":{"schema":{…}}}`, the shorter `{"type":"json_schema","schema":{…}}`, or a plain kind."""
+    """`{"type":"json_schema","json_schema":{"schema":{…}}}`, the same without the inner wrapper, or a plain kind."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None

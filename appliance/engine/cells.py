@@ -1,4 +1,4 @@
-"""Exact accounting of KV cells. Pure: mirrors what the llama.cpp cache does, so that the scheduler can decide before it acts.
+"""Exact accounting of KV cells. Pure: mirrors what the llama.cpp cache does, so that decisions precede acts.
 
 In a unified cache every sequence draws from one pool and a shared prefix occupies its cells once; in a split cache
 every sequence has a stream of its own and sharing copies. Owns counts only; the real cache is `model.Context`.

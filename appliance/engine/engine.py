@@ -1,4 +1,4 @@
-"""The decode thread: takes requests, runs the scheduler's steps on the context, samples, and hands texts over once per step.
+"""The decode thread: takes requests, runs the scheduler's steps on the context, samples, hands texts over each step.
 
 Owns the only thread that touches the context, and the life of every request from `submit` to its last chunk. Knows
 token ids and plain text; rendering prompts is `prompt.py`, deciding is `scheduler.py`, drawing is `sampling.py`.
@@ -50,7 +50,7 @@ Observer = Callable[[Sequence, NDArray[np.float32]], None]
 
 
 class Engine:
-    """Continuous batching for one model. `submit` from any thread; sinks are called through `dispatch`, once per step."""
+    """Continuous batching for one model. `submit` from any thread; `dispatch` calls the sinks, once per step."""
 
     def __init__(
         self,
@@ -463,7 +463,7 @@ class Engine:
     # ── when things break ────────────────────────────────────────────────────────────────────────────────────────
 
     def _isolate(self, call: list[Slice]) -> None:
-        """llama.cpp refused the batch and restored its state: whose sequence is out of step with the cache fails alone."""
+        """llama.cpp refused the batch and restored its state: a sequence out of step with the cache fails alone."""
         guilty = [p for p in call if self._context.length(p.sequence.slot) != p.start]
         log.error("an invalid batch; sequences out of step: %s", guilty)
         error = InternalError("The answer could not be continued.")
@@ -481,7 +481,7 @@ class Engine:
         self._scheduler.reset()
 
     def _recover(self) -> None:
-        """After an exception in the loop: fail what ran (the second time in a row: what waits, too), empty the cache."""
+        """After an exception in the loop: fail what ran (the second time in a row: what waits, too); empty cache."""
         self._consecutive_errors += 1
         error = InternalError("The engine failed while computing this answer.")
         for sequence in list(self._tickets):

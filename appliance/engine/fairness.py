@@ -1,4 +1,4 @@
-"""Who goes next: virtual token counters per account (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024).
+"""Who goes next: virtual token counters per account (Sheng et al., "Fairness in Serving Large Language Models", 2024).
 
 An account's counter grows by the tokens it was served, divided by its weight; the lowest counter is served first; an
 account that comes back is lifted to the lowest active counter, so that idleness earns no credit. Pure; knows no KV.
@@ -16,7 +16,7 @@ OUTPUT_COST = 2.0  # of one generated token (w_q)
 
 
 class WaitingLine:
-    """The waiting sequences: per account first come, first served; between accounts by counter; interactive before batch."""
+    """The waiting sequences: first come, first served in an account; accounts by counter; interactive before batch."""
 
     def __init__(self) -> None:
         self._queues: dict[tuple[str, str], deque[Sequence]] = {}  # (lane, account)

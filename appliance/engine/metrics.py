@@ -1,4 +1,4 @@
-"""What the engine counts. The decode thread writes, any thread reads a snapshot; no lock is needed for plain numbers."""
+"""What the engine counts. The decode thread writes, any thread reads a snapshot; plain numbers need no lock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """One step: its sizes, seconds inside llama_decode, and seconds outside since the step before (None after idling)."""
+    """One step: its sizes, seconds inside llama_decode, and outside since the step before (None after idling)."""
 
     outputs: int
     prefill: int

@@ -214,8 +214,9 @@ class Context:
         handle = lib.llama_init_from_model(model.handle, params)
         if not handle:
             raise ModelError(
-                f"llama.cpp cannot make a context of {params.n_ctx} tokens with {settings.kv_type} cells for {model.path}: "
-                "too little memory, or flash attention is off for a quantised cache. Lower [engine] context or slots."
+                f"llama.cpp cannot make a context of {params.n_ctx} tokens with {settings.kv_type} cells "
+                f"for {model.path}: too little memory, or flash attention is off for a quantised cache. "
+                "Lower [engine] context or slots."
             )
         self.handle: Any = handle
         self._memory = lib.llama_get_memory(handle)

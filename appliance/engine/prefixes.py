@@ -1,4 +1,4 @@
-"""Radix index over the token sequences that live in the KV cache. Pure: it says who holds a prefix, not whether it is computed.
+"""Radix index over the token sequences in the KV cache. Pure: it says who holds a prefix, not whether it is computed.
 
 A holder is a sequence id of the context. Every namespace (an account, or the root of the appliance's own prompts) is a
 tree of its own, so that no timing tells one account what another has asked.

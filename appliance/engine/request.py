@@ -1,4 +1,4 @@
-"""A request inside the engine: what is asked, its choices while they run, and the ticket its sender holds. State only."""
+"""A request inside the engine: what is asked, its choices while they run, and its sender's ticket. State only."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def greedy(row: Row) -> int:
 
 
 def top(row: Row, k: int) -> tuple[Ids, Row]:
-    """Ids and values of the `k` largest entries, largest first, equals by lowest id. Exact; O(len(row)) without a sort."""
+    """Ids and values of the `k` largest entries, largest first, equals by lowest id. Exact; linear, without a sort."""
     n = len(row)
     columns = n // FOLD
     if k >= n:

@@ -1,9 +1,9 @@
-"""What the next step computes. Pure: decides on counts and hands out a `Step`; the engine performs it on the real context.
+"""What the next step computes. Pure: decides on counts and hands out a `Step`; the engine performs it on the context.
 
-Per step: expire waiters, admit by fairness (sharing prefixes, also of running sequences), decode every running sequence,
-and prefill prompts under a token budget. KV pressure is a scheduling event: retained prefixes go first, then the youngest
-sequence of the lowest weight is preempted and computed again later. Owns the sequence ids of the context; knows no
-sampling, text or threads.
+Per step: expire waiters, admit by fairness (sharing prefixes, also of running sequences), decode every running
+sequence, and prefill prompts under a token budget. KV pressure is a scheduling event: retained prefixes go first, then
+the youngest sequence of the lowest weight is preempted and computed again later. Owns the sequence ids of the context;
+knows no sampling, text or threads.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Scheduler:
     # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def schedule(self, now: float, budget: int) -> Step:
-        """The next step; `budget` is the most prompt tokens it may compute. A step without calls means: nothing to do."""
+        """The next step; `budget` is the most prompt tokens it may compute. One without calls: nothing to do."""
         step = Step(expired=self._expire(now))
         self._admit(now)
         decoding = [s for s in self.running if s.pending == 1]
@@ -194,7 +194,7 @@ class Scheduler:
         return late
 
     def _admit(self, now: float) -> None:
-        """Admits waiters in fair order until nobody fits. Whoever waits for a prefix that is being computed is passed."""
+        """Admits waiters in fair order until nobody fits. Who waits for a prefix that is being computed is passed."""
         progress = bool(len(self.line))
         displaced: set[Sequence] = set()  # whoever gave way in this round does not come back in it
         while progress:
@@ -330,7 +330,7 @@ class Scheduler:
         return min(self.running, key=lambda s: (s.lane != "batch", s.weight, -s.admitted, -s.number), default=None)
 
     def _fairness_victim(self, waiter: Sequence) -> Sequence | None:
-        """The youngest sequence of the account furthest above its share, if `waiter`'s account stays below it after the swap.
+        """The youngest sequence of the account furthest above its share, if `waiter`'s stays below it after the swap.
 
         The swap must not invite its own reversal: the loser, one sequence poorer, still has at least as much per
         weight as the winner, one richer.

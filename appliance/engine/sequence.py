@@ -1,4 +1,4 @@
-"""One generation inside the engine: its tokens, how many of them are computed, and where they lie. State only, no decisions."""
+"""One generation inside the engine: its tokens, how many of them are computed, and where they lie. State only."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def verify(path: Path, key: MasterKey) -> BackupReport:
 
 
 def restore(source: Path, database: Path, key: MasterKey) -> BackupReport:
-    """Puts a proved backup in place of `database`, which must not be open; the old one is kept beside it. Raises BackupError."""
+    """Puts a proved backup in place of `database`, which must not be open; keeps the old one. Raises BackupError."""
     report = verify(source, key)
     partial = database.with_name(database.name + ".restoring")
     aside = database.with_name(f"{database.name}.before-restore-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}")

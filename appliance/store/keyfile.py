@@ -1,4 +1,4 @@
-"""The master key: 256 random bits in a 0600 file of their own, or in the environment; never in the settings or a backup."""
+"""The master key: 256 random bits in a 0600 file of their own, or in the environment; never in settings or a backup."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class MasterKey:
 
 
 def create_key_file(path: Path) -> MasterKey:
-    """A new key in a new file, durable before it returns. Raises KeyFileError if the file exists or cannot be written."""
+    """A new key in a new file, durable before it returns. Raises KeyFileError if it exists or cannot be written."""
     key = MasterKey.generate()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from appliance.errors import AlreadyRunning, DataDirError
 
 
 class DataDirLock:
-    """Held from `acquire` (or `with`) to `release`. Raises AlreadyRunning, naming the other process, or DataDirError."""
+    """Held from `acquire` (or `with`) to `release`. Raises AlreadyRunning, naming the other, or DataDirError."""
 
     def __init__(self, data_dir: Path) -> None:
         self.path = data_dir / "lock"
