@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1] / "appliance"
 
 RANKS = {
-    "config": 0, "errors": 0, "messages": 0,
+    "config": 0, "errors": 0, "messages": 0, "logs": 0,
     "engine": 1, "store": 1, "gguf": 1, "tinymodel": 1, "benchmodel": 1, "tls": 1,
     "access": 2, "providers": 2,
-    "chat": 3, "catalog": 3, "doctor": 3, "installation": 3,
+    "chat": 3, "catalog": 3, "doctor": 3, "installation": 3, "administration": 4,
     "api": 5,
     "admin": 6, "app": 6, "cli": 6, "server": 6, "__main__": 6,
 }  # fmt: skip

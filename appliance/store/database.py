@@ -122,12 +122,12 @@ class Store:
             )
             connection.execute("pragma cipher_log_level = none")  # its own log would write to our stderr
             connection.execute(f"pragma key = {self._key.pragma}")
-            connection.execute("pragma auto_vacuum = incremental")  # counts before the first table only
+            if not connection.execute("pragma page_count").fetchone()[0]:  # shows, too, whether the key is right
+                connection.execute("pragma auto_vacuum = incremental")  # before the first table; later it only writes
             connection.execute("pragma journal_mode = wal")
             connection.execute("pragma synchronous = normal")
             connection.execute("pragma foreign_keys = on")
             connection.execute("pragma temp_store = memory")
-            connection.execute("select count(*) from sqlite_master")  # the first read shows whether the key is right
             return Database(connection)
 
     # ── the writer thread ────────────────────────────────────────────────────────────────────────────────────────
