@@ -1,0 +1,76 @@
+"""The form of a key, and the keys that are valid now."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from appliance.access.keyring import Entry, KeyRing
+from appliance.access.keys import bearer, digest, display, generate, looks_like_key
+from appliance.access.plans import PLANS
+from appliance.messages import Caller
+
+ADA = Caller("acc_1", "ada", "community", "key_1", "llm")
+
+
+def test_a_key_has_the_seeds_form_and_is_never_the_same() -> None:
+    made = {generate() for _ in range(200)}
+    assert len(made) == 200
+    assert all(re.fullmatch(r"oai_[A-Za-z0-9]{32}", key) for key in made)
+    assert all(map(looks_like_key, made))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "oai_", "oai_" + "a" * 31, "oai_" + "a" * 33, "OAI_" + "a" * 32, "oai_" + "é" * 32, "oai_" + "a" * 31 + "\n"],
+)
+def test_whatever_is_not_of_the_form_is_not_hashed(text: str) -> None:
+    assert not looks_like_key(text)
+    assert KeyRing([Entry(digest(text), ADA)]).find(text, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([b"Bearer oai_x"], "oai_x"),
+        ([b"bEARER   oai_x "], "oai_x"),
+        ([], None),
+        ([b"oai_x"], None),
+        ([b"Basic oai_x"], None),
+        ([b"Bearer"], None),
+        ([b"Bearer a b"], None),
+        ([b"Bearer \xff"], None),
+        ([b"Bearer a", b"Bearer a"], None),
+    ],
+)
+def test_exactly_one_bearer_is_read(values: list[bytes], found: str | None) -> None:
+    assert bearer(values) == found
+
+
+def test_a_key_is_found_by_the_hash_of_all_of_it_until_it_ends() -> None:
+    key, other = generate(), generate()
+    ring = KeyRing([Entry(digest(key), ADA, expires=100)])
+    assert ring.find(key, 99.9) == ADA
+    assert ring.find(key, 100) is None
+    assert ring.find(other, 0) is None
+    assert ring.find(key[:-1] + ("a" if key[-1] != "a" else "b"), 0) is None
+    assert ring.find(digest(key).hex(), 0) is None, "the hash is no credential"
+    ring.replace([])
+    assert (ring.find(key, 0), len(ring)) == (None, 0)
+
+
+def test_what_is_shown_of_a_key_tells_keys_apart_and_no_more() -> None:
+    key = generate()
+    prefix, last = display(key)
+    assert key.startswith(prefix) and key.endswith(last)
+    assert len(prefix) + len(last) == 12
+
+
+def test_the_plans_are_the_seeds() -> None:
+    rows = {p.name: (p.per_minute, p.per_hour, p.per_month, p.concurrent) for p in PLANS.values()}
+    assert rows == {
+        "community": (20, 200, 1_000, 2),
+        "professional": (60, 1_000, 10_000, 10),
+        "enterprise": (300, 10_000, None, 50),
+    }
