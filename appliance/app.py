@@ -31,6 +31,7 @@ from appliance.api.auth import Auth
 from appliance.api.endpoints import routes
 from appliance.api.guard import Guard
 from appliance.api.hosts import Hosts
+from appliance.api.proxies import Proxies
 from appliance.api.services import Services
 from appliance.catalog import Catalog
 from appliance.chat import Chat
@@ -57,7 +58,7 @@ class Appliance:
         app = Auth(app, keyring)
         app = Hosts(app, services.config.server)
         app = Guard(app)
-        self._stack = AccessLog(app)
+        self._stack = Proxies(AccessLog(app), services.config.server)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self

@@ -12,6 +12,7 @@ import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -25,9 +26,12 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] = (),
+    parse: Callable[[str], object] | None = None,
+    words: str = "",
 ) -> Any:
-    """A field with its meaning and its allowed range (inclusive) beside it."""
-    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    """A field with its meaning and its allowed range (inclusive) beside it. `parse` raises ValueError for a text that
+    the setting does not take; `words` then says what it takes."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices, "parse": parse, "words": words}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -43,7 +47,12 @@ class ServerSettings:
     tls_key: str = setting("", "PEM file of the certificate's private key")
     public_url: str = setting("", "the address people use, e.g. https://llm.example.org; its host is accepted")
     allowed_hosts: tuple[str, ...] = setting((), "further Host names to accept; '*' accepts all")
-    trusted_proxies: tuple[str, ...] = setting((), "addresses or networks whose X-Forwarded-For is believed")
+    trusted_proxies: tuple[str, ...] = setting(
+        (),
+        "proxies whose X-Forwarded-For is believed",
+        parse=ip_network,
+        words="a list of addresses or networks, such as 10.0.0.0/8",
+    )
     max_header_bytes: int = setting(65_536, "largest request head, bytes", low=1_024, high=1_048_576)
     max_body_bytes: int = setting(2_097_152, "largest JSON body, bytes", low=1_024, high=104_857_600)
     header_timeout_seconds: float = setting(10.0, "a request's head must arrive within", low=0.1, high=600)
@@ -141,10 +150,14 @@ class Setting:
     low: float | None
     high: float | None
     choices: tuple[str, ...]
+    parse: Callable[[str], object] | None
+    words: str
 
     @property
     def allowed(self) -> str:
         """The allowed values in words."""
+        if self.words:
+            return self.words
         if self.choices:
             return "one of " + ", ".join(self.choices)
         kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -159,9 +172,7 @@ def settings() -> list[Setting]:
         hints = get_type_hints(cls)
         for f in fields(cls):
             m = f.metadata
-            found.append(
-                Setting(f"{section}.{f.name}", hints[f.name], f.default, m["help"], m["low"], m["high"], m["choices"])
-            )
+            found.append(Setting(f"{section}.{f.name}", hints[f.name], f.default, **m))
     return found
 
 
@@ -332,9 +343,16 @@ def _checked(s: Setting, value: Any, source: str) -> Any:
 
 
 def _fits(s: Setting, value: Any, kind: type) -> bool:
-    if not _is(value, kind) or (s.choices and value not in s.choices):
+    if not _is(value, kind) or (s.choices and value not in s.choices) or not _parses(s, value):
         return False
     return s.low is None or s.high is None or s.low <= value <= s.high  # NaN lies in no range
+
+
+def _parses(s: Setting, value: Any) -> bool:
+    try:
+        return s.parse is None or s.parse(value) is not None
+    except ValueError:
+        return False
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -226,6 +226,11 @@ def test_a_relative_data_directory_is_made_absolute(tmp_path: Path, monkeypatch:
         ("[server]\ndrain_seconds = inf", "not inf"),
         ("[server]\nallowed_hosts = 'a'", "server.allowed_hosts must be a list of texts"),
         ("[server]\nallowed_hosts = ['a', 1]", "server.allowed_hosts must be a list of texts"),
+        ("[server]\ntrusted_proxies = ['proxy']", "server.trusted_proxies must be a list of addresses or networks"),
+        (
+            "[server]\ntrusted_proxies = ['10.0.0.1/8']",
+            "server.trusted_proxies must be a list of addresses or networks",
+        ),
         ("[engine]\nmlock = 1", "engine.mlock must be true or false"),
         ("[engine]\nkv_type = 'f8'", "engine.kv_type must be one of f32, f16, bf16, q8_0"),
         ("[engine]\ntensor_split = [3, -1]", "engine.tensor_split must be a list of numbers from 0"),
