@@ -301,6 +301,39 @@ def test_no_cells_is_a_scheduling_event(tiny_gguf: Path) -> None:
         assert engine.metrics.failed == 0
 
 
+class Forgetful(Context):
+    """Brings nothing back."""
+
+    asked = 0
+
+    def load(self, sequence: int, state: NDArray[np.uint8]) -> bool:
+        Forgetful.asked += 1
+        return False
+
+
+@pytest.mark.parametrize("factory", [Context, Forgetful])
+def test_a_parked_prefix_comes_back_or_is_computed_again(tiny_gguf: Path, factory: type[Context]) -> None:
+    Forgetful.asked = 0
+
+    def make(model: Model, settings: EngineSettings, ids: int, unified: bool) -> Context:
+        return factory(model, settings, ids=ids, unified=unified)
+
+    with running(tiny_gguf, context_factory=make) as engine:
+        question = "What stands on the old bridge? " * 3
+        first = text_of(ask(engine, question, account="a", max_tokens=20)[1].all())
+        _, other = ask(engine, "Another account", account="b", max_tokens=600)
+        wait_until(lambda: int(engine.status()["parked"]) > 0)
+        assert int(engine.status()["parked_bytes"]) > 0
+        ticket, heard = ask(engine, question, account="a", max_tokens=20)
+        assert text_of(heard.all()) == first
+        assert other.all()[-1].finish_reason == "length", "nobody else has lost anything"
+        status = engine.status()
+        if factory is Forgetful:
+            assert (Forgetful.asked, status["restored"], status["failed"]) == (1, 0, 0)
+        else:
+            assert status["restored"] == 1 and ticket.cached_tokens > 20
+
+
 def test_an_error_belongs_to_the_request_that_caused_it(tiny_gguf: Path) -> None:
     spoiled: list[int] = []
 

@@ -145,6 +145,7 @@ def test_company_changes_no_logit(tiny_f32_gguf: Path, mode: str) -> None:
     assert int(status["cancelled"]) >= 3
     assert int(status["cached_tokens"]) > 200
     assert int(status["preempted"]) > 0, "the workload must preempt and recompute"
+    assert (int(status["restored"]) > 0) == (mode == "unified"), "the workload must park and bring back"
     assert sum(map(len, recorder.rows.values())) > 500
     assert replay_deviation(tiny_f32_gguf, settings, recorder) < TOLERANCE
 

@@ -16,8 +16,20 @@ from numpy.typing import NDArray
 
 from appliance.engine.cells import CellTable
 from appliance.engine.fairness import WaitingLine
+from appliance.engine.parking import Parking, Prefix
 from appliance.engine.prefixes import PrefixIndex, common_prefix
-from appliance.engine.scheduler import Copy, Limits, Scheduler, Step
+from appliance.engine.scheduler import (
+    PARK_AFTER,
+    Copy,
+    Forget,
+    Limits,
+    Operation,
+    Park,
+    Restore,
+    Scheduler,
+    Step,
+    Truncate,
+)
 from appliance.engine.sequence import Sequence, Status
 from appliance.errors import Saturated
 
@@ -40,6 +52,8 @@ class Simulator:
         self.limits = limits
         self.scheduler = Scheduler(limits)
         self.cache: dict[int, list[tuple[int, object]]] = {}
+        self.memory: dict[int, list[int]] = {}  # the tokens of what is parked
+        self.restored = 0
         self.now = 0.0
         self.first_output: dict[Sequence, int] = {}
         self.steps = 0
@@ -54,18 +68,33 @@ class Simulator:
         self.steps += 1
         step = self.scheduler.schedule(self.now, budget)
         for op in step.operations:
-            if isinstance(op, Copy):
-                assert not self.cache.get(op.target), "copied onto an id in use"
-                source = self.cache[op.source][: op.count]
-                assert len(source) == op.count
-                self.cache[op.target] = list(source) if self.limits.unified else [(t, object()) for t, _ in source]
-            else:
-                del self.cache[op.slot][op.count :]
+            self._operate(op)
         assert self.scheduler.cells.used == self.used()
         self._check()
         for call in step.calls:
             self._decode(call)
         return step
+
+    def _operate(self, operation: Operation) -> None:
+        match operation:
+            case Copy(source, target, count):
+                assert not self.cache.get(target), "copied onto an id in use"
+                cells = self.cache[source][:count]
+                assert len(cells) == count
+                self.cache[target] = list(cells) if self.limits.unified else [(t, object()) for t, _ in cells]
+            case Truncate(slot, count):
+                del self.cache[slot][count:]
+            case Park(slot, number):
+                assert self.limits.unified and number not in self.memory
+                self.memory[number] = [t for t, _ in self.cache[slot]]
+            case Forget(number):
+                del self.memory[number]
+            case Restore(number, slot, count):
+                assert not self.cache.get(slot), "restored onto an id in use"
+                self.cache[slot] = [(t, object()) for t in self.memory[number]]
+                assert self.used() <= self.limits.capacity, "no cells for the whole of it"
+                del self.cache[slot][count:]
+                self.restored += 1
 
     def _decode(self, call: list) -> None:  # type: ignore[type-arg]
         slots = [p.sequence.slot for p in call]
@@ -93,6 +122,8 @@ class Simulator:
         slots = [s.slot for s in self.scheduler.running]
         assert len(set(slots)) == len(slots) <= self.limits.slots
         assert not set(slots) & set(self.scheduler.retained)
+        assert sum(map(len, self.memory.values())) == self.scheduler.parking.tokens <= self.limits.parked
+        assert set(self.memory) == set(self.scheduler.parking)
 
     def run(self, sequences: list[Sequence], most: int = 5_000) -> None:
         for _ in range(most):
@@ -132,14 +163,20 @@ def workloads(draw: st.DrawFn) -> list[tuple[int, Sequence]]:
     workload=workloads(),
     unified=st.booleans(),
     capacity=st.sampled_from([64, 96, 256]),
+    parked=st.sampled_from([0, 50, 200]),
     budget=st.integers(1, 64),
     cancels=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 13)), max_size=4),
 )
 @settings(max_examples=200, deadline=None)
 def test_no_id_twice_no_token_lost_cells_exact_nobody_starves(
-    workload: list[tuple[int, Sequence]], unified: bool, capacity: int, budget: int, cancels: list[tuple[int, int]]
+    workload: list[tuple[int, Sequence]],
+    unified: bool,
+    capacity: int,
+    parked: int,
+    budget: int,
+    cancels: list[tuple[int, int]],
 ) -> None:
-    limits = replace(UNIFIED, capacity=capacity, per_sequence=capacity) if unified else SPLIT
+    limits = replace(UNIFIED, capacity=capacity, per_sequence=capacity, parked=parked) if unified else SPLIT
     sim = Simulator(limits)
     finished_early = set()
     for at in range(2_000):
@@ -314,6 +351,59 @@ def test_a_rebuilt_context_computes_everything_again() -> None:
     sim.cache.clear()
     sim.run(some)
     assert all(s.tokens.tolist()[: len(b)] == b for s, b in zip(some, before, strict=True))
+
+
+def test_a_prefix_that_costs_others_attention_is_parked_and_comes_back() -> None:
+    sim = Simulator(replace(UNIFIED, capacity=2_000, per_sequence=2_000, parked=500))
+    chat = sequence(prompt(60), new=8)
+    sim.scheduler.submit([chat])
+    sim.run([chat])
+    assert list(sim.scheduler.retained) and not len(sim.scheduler.parking)
+    other = sequence(prompt(30, 900), new=PARK_AFTER + 20, account="b")
+    sim.scheduler.submit([other])
+    for _ in range(PARK_AFTER // 2):
+        sim.step()
+    assert sim.scheduler.retained, "it has not cost that much yet"
+    sim.run([other])
+    assert len(sim.scheduler.parking) and chat.account not in {p.namespace for p in sim.scheduler.retained.values()}
+    stranger = sequence(prompt(60), new=8, account="c")
+    again = sequence(np.concatenate([chat.tokens, ints(7, 7)]), new=8)
+    sim.scheduler.submit([stranger, again])
+    sim.run([stranger, again])
+    assert sim.restored == 1 and again.cached_tokens == chat.length - 1  # the last token was never computed
+    assert stranger.cached_tokens == 0, "what is parked belongs to its account"
+
+
+def test_a_long_prompt_of_others_parks_at_once() -> None:
+    sim = Simulator(replace(UNIFIED, capacity=2_000, per_sequence=2_000, batch=1_000, parked=500))
+    chat, long = sequence(prompt(60)), sequence(prompt(PARK_AFTER + 1, 500), account="b")
+    sim.scheduler.submit([chat])
+    sim.run([chat])
+    sim.scheduler.submit([long])
+    step = sim.step(budget=1_000)
+    assert [type(op) for op in step.operations] == [Park, Truncate], "before the step that would pay for it"
+
+
+def test_little_of_a_long_parked_prefix_is_not_worth_bringing_back() -> None:
+    sim = Simulator(replace(UNIFIED, capacity=2_000, per_sequence=2_000, parked=500))
+    long = sequence(prompt(200))
+    sim.scheduler.submit([long])
+    sim.run([long])
+    sim.scheduler._evict_all()
+    little = sequence(np.concatenate([prompt(30), prompt(30, 900)]))
+    sim.scheduler.submit([little])
+    sim.run([little])
+    assert sim.restored == 0 and little.cached_tokens == 0
+
+
+def test_the_least_recently_used_leaves_main_memory_first() -> None:
+    parking = Parking(100)
+    first, second = (parking.put(Prefix("a", prompt(40))) for _ in range(2))
+    assert parking.too_full_for(Prefix("a", prompt(40))) and not parking.takes(Prefix("a", prompt(101)))
+    parking.use(first)
+    assert list(parking) == [second, first] and parking.tokens == 80 and second < first < 0
+    parking.remove(second)
+    assert list(parking) == [first] and parking.tokens == 40
 
 
 # ── cells ────────────────────────────────────────────────────────────────────────────────────────────────────────

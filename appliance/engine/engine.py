@@ -25,7 +25,17 @@ from appliance.engine.metrics import Metrics, StepTimes
 from appliance.engine.model import Context, ContextFactory, Model
 from appliance.engine.request import Choice, Event, Generate, Sink, Ticket
 from appliance.engine.sampling import log_probabilities
-from appliance.engine.scheduler import Copy, Limits, Scheduler, Slice
+from appliance.engine.scheduler import (
+    Copy,
+    Forget,
+    Limits,
+    Operation,
+    Park,
+    Restore,
+    Scheduler,
+    Slice,
+    Truncate,
+)
 from appliance.engine.sequence import Sequence
 from appliance.errors import (
     ApplianceError,
@@ -86,6 +96,7 @@ class Engine:
         self.max_sequence = min(self._context.n_ctx_seq, self.model.n_ctx_train or self._context.n_ctx_seq)
         self.metrics = Metrics()
         self.load_seconds = time.monotonic() - started
+        self._parked: dict[int, NDArray[np.uint8]] = {}  # by number, for the scheduler
         self._tickets: dict[Sequence, Ticket] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -156,6 +167,7 @@ class Engine:
             "largest_prompt": self.largest_prompt,
             "model_bytes": self.model.size,
             "kv_bytes": buffers.get("kv", 0),
+            "parked_bytes": self.metrics.parked_tokens * buffers.get("kv", 0) // self._context.n_ctx,
             "compute_bytes": buffers.get("compute", 0) + buffers.get("output", 0),
             "load_seconds": round(self.load_seconds, 3),
             "wait_seconds": round(self.expected_wait(), 3),
@@ -192,6 +204,7 @@ class Engine:
             ubatch=context.n_ubatch,
             queue=self.settings.queue_limit,
             can_share=self.model.can_share,
+            parked=self.settings.parked_mb * 2**20 * context.n_ctx // max(1, context.buffers.get("kv", 0)),
         )
 
     def _sequence(self, request: Generate, limit: int, now: float) -> Sequence:
@@ -230,17 +243,33 @@ class Engine:
         step = self._scheduler.schedule(time.monotonic(), budget)
         for sequence in step.expired:
             self._fail(sequence, self._waited_too_long(sequence))
-        for operation in step.operations:
-            if isinstance(operation, Copy):
-                self._context.copy(operation.source, operation.target, operation.count)
-            else:
-                self._context.truncate(operation.slot, operation.count)
+        if not all(map(self._operate, step.operations)):
+            self._lose_cache()
+            return True
         for call in step.calls:
             if not self._compute(call):
                 break
         self._measure()
         self._publish()
         return bool(step.calls)
+
+    def _operate(self, operation: Operation) -> bool:
+        """Performs one operation on the cache; False when it and our accounts differ."""
+        match operation:
+            case Copy(source, target, count):
+                self._context.copy(source, target, count)
+            case Truncate(slot, count):
+                self._context.truncate(slot, count)
+            case Park(slot, number):
+                self._parked[number] = self._context.save(slot)
+            case Forget(number):
+                del self._parked[number]
+            case Restore(number, slot, count):
+                if not self._context.load(slot, self._parked[number]):
+                    return False
+                self._context.truncate(slot, count)
+                self.metrics.restored += 1
+        return True
 
     def _compute(self, call: list[Slice]) -> bool:
         """One decode call and the tokens it yields; False when it must be planned anew."""
@@ -446,6 +475,7 @@ class Engine:
         metrics.running = len(scheduler.running)
         metrics.kv_used = scheduler.cells.used
         metrics.retained = len(scheduler.retained)
+        metrics.parked, metrics.parked_tokens = len(scheduler.parking), scheduler.parking.tokens
         metrics.preempted = scheduler.preemptions
 
     def _observe_service(self, seconds: float) -> None:
@@ -478,6 +508,16 @@ class Engine:
         self.metrics.rebuilt += 1
         self._context.close()
         self._context = self._make_context(self.model, self.settings, self._ids, self._unified)
+        self._reset()
+
+    def _lose_cache(self) -> None:
+        """The cache and our accounts of it differ, which nobody must pay for: everything is computed again."""
+        log.error("a parked prefix did not come back; the cache is emptied")
+        self._context.clear()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._parked.clear()
         self._scheduler.reset()
 
     def _recover(self) -> None:
@@ -488,7 +528,7 @@ class Engine:
             if sequence in self._scheduler.running or self._consecutive_errors > 1:
                 self._fail(sequence, error)
         self._context.clear()
-        self._scheduler.reset()
+        self._reset()
         self._publish()
 
     def _end(self, error: EngineBroken) -> None:

@@ -35,7 +35,10 @@ class Metrics:
     waiting: int = 0
     running: int = 0
     kv_used: int = 0
-    retained: int = 0
+    retained: int = 0  # prefixes in the cache that nobody uses now
+    parked: int = 0  # prefixes in main memory
+    parked_tokens: int = 0
+    restored: int = 0  # prefixes that came back from main memory
     recent: deque[StepTimes] = field(default_factory=lambda: deque(maxlen=1_024))
 
     def snapshot(self) -> dict[str, float | int]:

@@ -39,6 +39,7 @@ SPECIAL = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
 
 DECODED, NO_CELLS, ABORTED, INVALID = 0, 1, 2, -1  # what llama_decode returns; below -1 the computation failed
 
+_BYTES = ctypes.POINTER(ctypes.c_uint8)
 _BUFFER = re.compile(rb"(\S+) (model|KV|compute|output) buffer size =\s*([\d.]+) MiB")
 _LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 
@@ -275,6 +276,17 @@ class Context:
     def truncate(self, sequence: int, count: int) -> bool:
         """`sequence` keeps its first `count` tokens; False where the model cannot forget a part."""
         return bool(lib.llama_memory_seq_rm(self._memory, sequence, count, -1))
+
+    def save(self, sequence: int) -> NDArray[np.uint8]:
+        """The cells of `sequence` as bytes, for `load` into this context."""
+        size = int(lib.llama_state_seq_get_size(self.handle, sequence))
+        state = np.empty(size, np.uint8)
+        written = lib.llama_state_seq_get_data(self.handle, state.ctypes.data_as(_BYTES), size, sequence)
+        return state[:written]
+
+    def load(self, sequence: int, state: NDArray[np.uint8]) -> bool:
+        """The empty `sequence` gets what `save` returned; False where there are no cells for it."""
+        return bool(lib.llama_state_seq_set_data(self.handle, state.ctypes.data_as(_BYTES), state.size, sequence))
 
     def clear(self) -> None:
         """Forgets everything."""

@@ -2,8 +2,9 @@
 
 Per step: expire waiters, admit by fairness (sharing prefixes, also of running sequences), decode every running
 sequence, and prefill prompts under a token budget. KV pressure is a scheduling event: retained prefixes go first, then
-the youngest sequence of the lowest weight is preempted and computed again later. Owns the sequence ids of the context;
-knows no sampling, text or threads.
+the youngest sequence of the lowest weight is preempted and computed again later. In one pool, a retained prefix that
+costs the others more attention than a copy does is parked in main memory. Owns the sequence ids of the context; knows
+no sampling, text or threads.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from itertools import islice
 
-import numpy as np
-from numpy.typing import NDArray
-
 from appliance.engine.cells import CellTable
 from appliance.engine.fairness import OUTPUT_COST, PROMPT_COST, WaitingLine
+from appliance.engine.parking import NOBODY, Parking, Prefix
 from appliance.engine.prefixes import PrefixIndex
 from appliance.engine.sequence import Sequence, Status
 from appliance.errors import Saturated
 
 SHARED_ROOT = ""  # namespace of the prefixes that the appliance itself owns
 FOLLOW_GAIN = 32  # tokens worth waiting for, that a running prefill will have computed
-RETAIN_AT_LEAST = 16  # shorter prefixes are not worth a sequence id
+RETAIN_AT_LEAST = 16  # shorter prefixes are not worth a sequence id, or bringing back
+PARK_AFTER = 256  # rows that a retained prefix may cost attention: measured, some 50 cost as much as parking it does
+WHOLE = 4  # a parked prefix comes back whole, so at least one part in so many must be of use
 HEADROOM = 64  # cells kept for the growth of a sequence, when another one asks to be admitted
 LOOK_AHEAD = 8  # waiters that may pass one which does not fit
 LOOK_AHEAD_SECONDS = 2.0  # after which nobody passes it any more
@@ -42,6 +43,7 @@ class Limits:
     ubatch: int
     queue: int
     can_share: bool = True  # recurrent models keep no cells: nothing to share or to retain
+    parked: int = 0  # tokens that main memory takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,31 @@ class Truncate:
     count: int
 
 
-Operation = Copy | Truncate
+@dataclass(frozen=True, slots=True)
+class Park:
+    """Main memory gets the whole of `slot` under `number`; the slot keeps it."""
+
+    slot: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """The empty `slot` gets what is parked under `number`, and keeps the first `count` tokens."""
+
+    number: int
+    slot: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """What is parked under `number` is not needed any more."""
+
+    number: int
+
+
+Operation = Copy | Truncate | Park | Restore | Forget
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +109,6 @@ class Step:
     expired: list[Sequence] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Retained:
-    """A finished sequence whose cells are kept for later prompts that begin alike."""
-
-    namespace: str
-    tokens: NDArray[np.int32]
-
-
 class Scheduler:
     """Decides; see the module. Call `schedule`, perform the step, then `complete`; or `kv_full` when it did not fit."""
 
@@ -98,7 +116,8 @@ class Scheduler:
         self.limits = limits
         self.line = WaitingLine()
         self.running: list[Sequence] = []  # in order of admission
-        self.retained: OrderedDict[int, Retained] = OrderedDict()  # by sequence id, least recently used first
+        self.retained: OrderedDict[int, Prefix] = OrderedDict()  # by sequence id, least recently used first
+        self.parking = Parking(limits.parked if limits.unified and limits.can_share else 0)
         self.cells = CellTable(limits.capacity, unified=limits.unified, per_sequence=limits.per_sequence)
         self.preemptions = 0
         self._index = PrefixIndex()
@@ -139,12 +158,13 @@ class Scheduler:
         self.line.put_back(sequence)
 
     def reset(self) -> None:
-        """The context was rebuilt empty: everything that ran waits again, in its old order."""
+        """The context was rebuilt empty: everything that ran waits again, in its old order. Nothing is parked."""
         for sequence in reversed(self.running):
             sequence.status, sequence.computed, sequence.slot = Status.WAITING, 0, -1
             self.line.put_back(sequence)
         self.running.clear()
         self.retained.clear()
+        self.parking = Parking(self.parking.capacity)
         self.cells = CellTable(self.limits.capacity, unified=self.limits.unified, per_sequence=self.limits.per_sequence)
         self._index = PrefixIndex()
         self._free_ids = set(range(self.limits.ids))
@@ -161,6 +181,7 @@ class Scheduler:
         decoding = [s for s in decoding if s.status is Status.RUNNING]
         slices = [Slice(s, s.computed, 1, True) for s in decoding]
         prefills = self._prefills(budget, len(decoding))
+        self._charge_retained(sum(part.count for part in slices + prefills))
         step.operations, self._operations = self._operations, []
         step.calls = self._calls(slices, prefills)
         return step
@@ -236,11 +257,14 @@ class Scheduler:
         return True
 
     def _best_prefix(self, sequence: Sequence) -> tuple[int, int]:
-        """(sequence id, tokens) of the longest computed common prefix; at least the last token is left to compute."""
-        best_id, best = -1, 0
+        """Holder and length of the longest computed common prefix; at least the last token is left to compute."""
+        best_id, best = NOBODY, 0
         for holder, matched in self._matches(sequence):
-            available = min(matched, self.cells.length(holder), sequence.length - 1)
-            if available > best:
+            parked = holder in self.parking
+            length = self.parking.length(holder) if parked else self.cells.length(holder)
+            available = min(matched, length, sequence.length - 1)
+            gain = RETAIN_AT_LEAST if parked else 1
+            if available >= best + gain and (not parked or available * WHOLE >= length):
                 best_id, best = holder, available
         return best_id, best
 
@@ -269,7 +293,10 @@ class Scheduler:
         if not self.limits.unified:
             return True
         growth = sum(min(s.remaining + 1, HEADROOM) + s.pending for s in self.running)
-        needed = sequence.length - shared + min(sequence.remaining, HEADROOM) + growth
+        own = sequence.length - shared
+        if source in self.parking:  # comes back whole, into cells of its own
+            own = max(sequence.length, self.parking.length(source))
+        needed = own + min(sequence.remaining, HEADROOM) + growth
         if needed <= self.cells.free:
             return True
         if not self.running:
@@ -281,16 +308,27 @@ class Scheduler:
         """Gives `sequence` an id with its shared prefix in it."""
         if source in self.retained:
             self.retained.move_to_end(source)
+            self.retained[source].rows = 0
         if not self.limits.unified and source in self.retained:
             self._take_over(sequence, source, shared)
         else:
             sequence.slot = self._take_id(keep=source)
-            if shared:
+            if source in self.parking:
+                self._restore(source, sequence.slot, shared)
+            elif shared:
                 self._operations.append(Copy(source, sequence.slot, shared))
                 self.cells.share(source, sequence.slot, shared)
         sequence.computed = shared
         if self.limits.can_share:
             self._register(sequence)
+
+    def _restore(self, number: int, slot: int, count: int) -> None:
+        """The parked prefix comes back; that there can be room for it `_fits` has found."""
+        while self.cells.free < self.parking.length(number):
+            self._drop(next(iter(self.retained)))
+        self.parking.use(number)
+        self._operations.append(Restore(number, slot, count))
+        self.cells.append(slot, count)
 
     def _take_over(self, sequence: Sequence, slot: int, shared: int) -> None:
         """Split streams: the retained stream itself becomes the sequence's, which saves the copy."""
@@ -302,7 +340,7 @@ class Scheduler:
     def _take_id(self, keep: int) -> int:
         """The lowest free id (dense ids keep split batches whole), else the least recently used retained one's."""
         if not self._free_ids:
-            self._evict(next(slot for slot in self.retained if slot != keep))
+            self._drop(next(slot for slot in self.retained if slot != keep))
         slot = min(self._free_ids)
         self._free_ids.remove(slot)
         return slot
@@ -357,23 +395,54 @@ class Scheduler:
             self._truncate(slot, 0)
             self._free_ids.add(slot)
             return
-        tokens = sequence.tokens[:computed].copy()
-        for other in list(self._index.ends_within(sequence.account, tokens)):
+        prefix = Prefix(sequence.account, sequence.tokens[:computed].copy(), min(sequence.own_prefix, computed))
+        for other in list(self._index.ends_within(prefix.namespace, prefix.tokens)):
             if other in self.retained:
-                self._evict(other)
-        self._index.insert(sequence.account, tokens, slot)
-        if sequence.own_prefix:
-            self._index.insert(SHARED_ROOT, tokens[: sequence.own_prefix], slot)
-        self.retained[slot] = Retained(sequence.account, tokens)
+                self._drop(other)
+            elif other in self.parking:
+                self._forget(other)
+        self._hold(prefix, slot)
+        self.retained[slot] = prefix
+
+    def _hold(self, prefix: Prefix, holder: int) -> None:
+        self._index.insert(prefix.namespace, prefix.tokens, holder)
+        if prefix.own:
+            self._index.insert(SHARED_ROOT, prefix.tokens[: prefix.own], holder)
+
+    def _charge_retained(self, rows: int) -> None:
+        """In one pool every row of a step looks at every cell: whatever has cost that much too often is parked."""
+        if not self.limits.unified:
+            return
+        for slot, prefix in list(self.retained.items()):
+            prefix.rows += rows
+            if prefix.rows > PARK_AFTER:
+                self._evict(slot)
 
     def _evict(self, slot: int | None = None) -> None:
-        """Drops a retained prefix, the least recently used one by default."""
+        """A retained prefix, the least recently used one by default, leaves the cache: for main memory if it may."""
         if slot is None:
             slot = next(iter(self.retained))
+        prefix = self.retained[slot]
+        if self.parking.takes(prefix):
+            while self.parking.too_full_for(prefix):
+                self._forget(next(iter(self.parking)))
+            number = self.parking.put(prefix)
+            self._hold(prefix, number)
+            self._operations.append(Park(slot, number))
+        self._drop(slot)
+
+    def _drop(self, slot: int) -> None:
+        """A retained prefix is gone for good."""
         del self.retained[slot]
         self._index.remove(slot)
         self._truncate(slot, 0)
         self._free_ids.add(slot)
+
+    def _forget(self, number: int) -> None:
+        """A parked prefix is gone for good."""
+        self.parking.remove(number)
+        self._index.remove(number)
+        self._operations.append(Forget(number))
 
     def _evict_all(self) -> None:
         while self.retained:
