@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from appliance.engine.budget import LARGEST, SMALLEST, PrefillBudget
 
 
@@ -19,6 +21,13 @@ def test_nobody_decodes_so_the_whole_batch_is_free() -> None:
 
 def test_the_step_stays_within_the_goal() -> None:
     assert learned(0.2, 0.05, 0.001).tokens(8) == 150
+
+
+def test_a_burst_of_arrivals_stretches_the_goal_by_its_share() -> None:
+    budget = learned(0.2, 0.05, 0.001, ubatch=4_096)
+    assert budget.tokens(8, 1) == pytest.approx(175, abs=1)
+    assert budget.tokens(8, 8) == pytest.approx(350, abs=1)
+    assert budget.tokens(1, 31) == pytest.approx(950, abs=1)  # five times the goal, and not more
 
 
 def test_a_slow_box_still_advances_and_a_fast_one_is_bounded() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 SMALLEST = 32  # a prompt always advances
 LARGEST = 1_024
+PATIENCE = 5.0  # how often the goal is stretched at most while many wait for their first token and few generate
 SMOOTHING = 0.2  # weight of the newest measurement
 
 
@@ -22,15 +23,20 @@ class PrefillBudget:
         self.decode_seconds = 0.0  # of a step that only decodes
         self.prefill_seconds = 0.0  # of one prompt token
 
-    def tokens(self, n_decoding: int) -> int:
-        """The budget for a step in which `n_decoding` sequences decode; the whole batch when nobody does."""
+    def tokens(self, n_decoding: int, n_prefilling: int = 0) -> int:
+        """The budget for a step in which `n_decoding` sequences decode; the whole batch when nobody does.
+
+        A prompt token makes the decoding ones wait, a decoding step the `n_prefilling` others: where these are many,
+        the goal is stretched by their share, so that a burst of arrivals soon decodes as one full batch.
+        """
         if not n_decoding:
             return self.batch
         if self.fixed:
             return self.fixed
         if not self.prefill_seconds:
             return 2 * SMALLEST
-        fits = int((self.goal - self.decode_seconds) / self.prefill_seconds)
+        goal = self.goal * min(PATIENCE, 1 + n_prefilling / n_decoding)
+        fits = int((goal - self.decode_seconds) / self.prefill_seconds)
         budget = max(SMALLEST, min(fits, LARGEST))
         # One graph computes `ubatch` tokens: a few more would cost a second, nearly empty pass over the weights.
         if self.ubatch // 2 < budget + n_decoding:

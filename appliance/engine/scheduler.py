@@ -44,6 +44,7 @@ class Limits:
     queue: int
     can_share: bool = True  # recurrent models keep no cells: nothing to share or to retain
     parked: int = 0  # tokens that main memory takes
+    mixed: bool = False  # decodes and prompts share a call, see `Engine._limits`
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,6 +483,6 @@ class Scheduler:
         return self.cells.free - reserved
 
     def _calls(self, decoding: list[Slice], prefills: list[Slice]) -> list[list[Slice]]:
-        """One mixed call in a unified cache; in a split one decodes and prompts apart, as their lengths differ."""
-        groups = [decoding + prefills] if self.limits.unified else [decoding, prefills]
+        """All in one call, or decodes and prompts apart: see `Limits.mixed`."""
+        groups = [decoding + prefills] if self.limits.mixed else [decoding, prefills]
         return [sorted(g, key=lambda s: s.sequence.slot) for g in groups if g]
