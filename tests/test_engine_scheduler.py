@@ -19,7 +19,6 @@ from appliance.engine.fairness import WaitingLine
 from appliance.engine.parking import Parking, Prefix
 from appliance.engine.prefixes import PrefixIndex, common_prefix
 from appliance.engine.scheduler import (
-    PARK_AFTER,
     Copy,
     Forget,
     Limits,
@@ -33,7 +32,9 @@ from appliance.engine.scheduler import (
 from appliance.engine.sequence import Sequence, Status
 from appliance.errors import Saturated
 
-UNIFIED = Limits(slots=4, ids=8, capacity=256, per_sequence=256, unified=True, batch=64, ubatch=64, queue=1_000)
+UNIFIED = Limits(
+    slots=4, ids=8, capacity=256, per_sequence=256, unified=True, batch=64, ubatch=64, queue=1_000, park_after=256
+)
 SPLIT = replace(UNIFIED, ids=4, per_sequence=64, unified=False)
 
 
@@ -359,9 +360,9 @@ def test_a_prefix_that_costs_others_attention_is_parked_and_comes_back() -> None
     sim.scheduler.submit([chat])
     sim.run([chat])
     assert list(sim.scheduler.retained) and not len(sim.scheduler.parking)
-    other = sequence(prompt(30, 900), new=PARK_AFTER + 20, account="b")
+    other = sequence(prompt(30, 900), new=UNIFIED.park_after + 20, account="b")
     sim.scheduler.submit([other])
-    for _ in range(PARK_AFTER // 2):
+    for _ in range(UNIFIED.park_after // 2):
         sim.step()
     assert sim.scheduler.retained, "it has not cost that much yet"
     sim.run([other])
@@ -376,7 +377,7 @@ def test_a_prefix_that_costs_others_attention_is_parked_and_comes_back() -> None
 
 def test_a_long_prompt_of_others_parks_at_once() -> None:
     sim = Simulator(replace(UNIFIED, capacity=2_000, per_sequence=2_000, batch=1_000, parked=500))
-    chat, long = sequence(prompt(60)), sequence(prompt(PARK_AFTER + 1, 500), account="b")
+    chat, long = sequence(prompt(60)), sequence(prompt(UNIFIED.park_after + 1, 500), account="b")
     sim.scheduler.submit([chat])
     sim.run([chat])
     sim.scheduler.submit([long])

@@ -23,7 +23,6 @@ from appliance.errors import Saturated
 SHARED_ROOT = ""  # namespace of the prefixes that the appliance itself owns
 FOLLOW_GAIN = 32  # tokens worth waiting for, that a running prefill will have computed
 RETAIN_AT_LEAST = 16  # shorter prefixes are not worth a sequence id, or bringing back
-PARK_AFTER = 256  # rows that a retained prefix may cost attention: measured, some 50 cost as much as parking it does
 WHOLE = 4  # a parked prefix comes back whole, so at least one part in so many must be of use
 HEADROOM = 64  # cells kept for the growth of a sequence, when another one asks to be admitted
 LOOK_AHEAD = 8  # waiters that may pass one which does not fit
@@ -44,6 +43,7 @@ class Limits:
     queue: int
     can_share: bool = True  # recurrent models keep no cells: nothing to share or to retain
     parked: int = 0  # tokens that main memory takes
+    park_after: int = 16  # rows of others that a retained prefix may cost attention
     mixed: bool = False  # decodes and prompts share a call, see `Engine._limits`
 
 
@@ -310,7 +310,7 @@ class Scheduler:
         if source in self.retained:
             self.retained.move_to_end(source)
             self.retained[source].rows = 0
-        if not self.limits.unified and source in self.retained:
+        if source in self.retained and (not self.limits.unified or shared == self.cells.length(source)):
             self._take_over(sequence, source, shared)
         else:
             sequence.slot = self._take_id(keep=source)
@@ -332,7 +332,8 @@ class Scheduler:
         self.cells.append(slot, count)
 
     def _take_over(self, sequence: Sequence, slot: int, shared: int) -> None:
-        """Split streams: the retained stream itself becomes the sequence's, which saves the copy."""
+        """The retained prefix itself becomes the sequence's: in split streams that saves the copy, and what is used
+        as a whole need not be kept a second time."""
         del self.retained[slot]
         self._index.remove(slot)
         self._truncate(slot, shared)
@@ -416,7 +417,7 @@ class Scheduler:
             return
         for slot, prefix in list(self.retained.items()):
             prefix.rows += rows
-            if prefix.rows > PARK_AFTER:
+            if prefix.rows > self.limits.park_after:
                 self._evict(slot)
 
     def _evict(self, slot: int | None = None) -> None:
