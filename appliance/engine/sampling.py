@@ -105,18 +105,30 @@ def greedy(row: Row) -> int:
 def top(row: Row, k: int) -> tuple[Ids, Row]:
     """Ids and values of the `k` largest entries, largest first, equals by lowest id. Exact; linear, without a sort."""
     n = len(row)
-    columns = n // FOLD
     if k >= n:
         ids = np.argsort(-row, kind="stable")
         return ids, row[ids]
-    if k >= columns // 2:
-        bound = np.partition(row, n - k)[n - k]
-    else:
-        maxima = row[: columns * FOLD].reshape(FOLD, columns).max(axis=0)
-        bound = np.partition(maxima, columns - k)[columns - k]
-    ids = np.flatnonzero(row >= bound) if bound > -np.inf else np.flatnonzero(row > -np.inf)  # masked: few are left
+    ids = _hopeful(row, k)
+    if not len(ids):
+        ids = np.flatnonzero(row > -np.inf)  # masked: few are left
     ids = ids[np.argsort(-row[ids], kind="stable")][:k]
     return ids, row[ids]
+
+
+def _hopeful(row: Row, k: int) -> Ids:
+    """Ids, ascending, among which the `k` largest are; none where too few of the row are finite to tell."""
+    columns = len(row) // FOLD
+    if k >= columns // 2:
+        bound = np.partition(row, len(row) - k)[len(row) - k]
+        return np.flatnonzero(row >= bound) if bound > -np.inf else np.empty(0, np.int64)
+    folded, rest = row[: columns * FOLD].reshape(FOLD, columns), row[columns * FOLD :]
+    maxima = folded.max(axis=0)
+    bound = np.partition(maxima, columns - k)[columns - k]
+    if not bound > -np.inf:
+        return np.empty(0, np.int64)
+    chosen = np.flatnonzero(maxima >= bound)  # all others are columns without one
+    rows, places = np.nonzero(folded[:, chosen] >= bound)
+    return np.concatenate([rows * columns + chosen[places], columns * FOLD + np.flatnonzero(rest >= bound)])
 
 
 def nucleus(scaled: Row, mass: float) -> Ids:
