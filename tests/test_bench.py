@@ -387,11 +387,12 @@ def test_a_shared_prefix_is_timed_as_a_whole() -> None:
 
 
 def test_memory_is_what_model_cache_and_buffers_leave() -> None:
-    counted = {"kv_bytes": 50, "compute_bytes": 20, "weights_bytes": 5}
+    counted = {"kv_bytes": 50, "compute_bytes": 20, "weights_bytes": 5, "parked_bytes": 3}
     assert alone.memory_parts(counted, mapped=1_000, rest=100) == {
-        "own": 25,
+        "own": 22,
         "model, resident": 1_005,
         "KV cache": 50,
+        "KV cache, parked prefixes": 3,
         "compute buffers": 20,
     }
 

@@ -397,6 +397,21 @@ def test_little_of_a_long_parked_prefix_is_not_worth_bringing_back() -> None:
     assert sim.restored == 0 and little.cached_tokens == 0
 
 
+def test_of_prefixes_that_are_nearly_alike_one_is_parked() -> None:
+    sim = Simulator(replace(UNIFIED, capacity=2_000, per_sequence=2_000, parked=2_000))
+    alike = [sequence(np.concatenate([prompt(200), prompt(5, 1_000 * i)])) for i in range(1, 4)]
+    sim.scheduler.submit(alike)
+    sim.run(alike)
+    assert len(sim.scheduler.retained) == 3
+    sim.scheduler._evict_all()
+    sim.step()
+    assert len(sim.scheduler.parking) == 1
+    another = sequence(np.concatenate([prompt(200), prompt(5, 9_000)]))
+    sim.scheduler.submit([another])
+    sim.run([another])
+    assert another.cached_tokens == 200
+
+
 def test_the_least_recently_used_leaves_main_memory_first() -> None:
     parking = Parking(100)
     first, second = (parking.put(Prefix("a", prompt(40))) for _ in range(2))

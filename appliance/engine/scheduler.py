@@ -23,6 +23,7 @@ from appliance.errors import Saturated
 SHARED_ROOT = ""  # namespace of the prefixes that the appliance itself owns
 FOLLOW_GAIN = 32  # tokens worth waiting for, that a running prefill will have computed
 RETAIN_AT_LEAST = 16  # shorter prefixes are not worth a sequence id, or bringing back
+DISTINCT = 8  # a prefix is worth a copy when at least one part in so many is in no other
 WHOLE = 4  # a parked prefix comes back whole, so at least one part in so many must be of use
 HEADROOM = 64  # cells kept for the growth of a sequence, when another one asks to be admitted
 LOOK_AHEAD = 8  # waiters that may pass one which does not fit
@@ -425,13 +426,18 @@ class Scheduler:
         if slot is None:
             slot = next(iter(self.retained))
         prefix = self.retained[slot]
-        if self.parking.takes(prefix):
+        if self.parking.takes(prefix) and self._own_tokens(prefix, slot) * DISTINCT >= len(prefix.tokens):
             while self.parking.too_full_for(prefix):
                 self._forget(next(iter(self.parking)))
             number = self.parking.put(prefix)
             self._hold(prefix, number)
             self._operations.append(Park(slot, number))
         self._drop(slot)
+
+    def _own_tokens(self, prefix: Prefix, slot: int) -> int:
+        """Tokens of a retained prefix beyond the longest beginning that somebody else holds, too."""
+        found = self._index.match(prefix.namespace, prefix.tokens)
+        return len(prefix.tokens) - max((matched for holder, matched in found if holder != slot), default=0)
 
     def _drop(self, slot: int) -> None:
         """A retained prefix is gone for good."""

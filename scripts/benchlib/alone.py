@@ -246,11 +246,13 @@ async def memory(run: Run) -> None:
 
 def memory_parts(counted: dict[str, Any], mapped: int, rest: int) -> dict[str, float]:
     """Bytes of each part; `weights_bytes` are those that llama.cpp holds beside the mapped file, as repacked ones."""
-    weights, kv, compute = (int(counted.get(name, 0)) for name in ("weights_bytes", "kv_bytes", "compute_bytes"))
+    names = ("weights_bytes", "kv_bytes", "parked_bytes", "compute_bytes")
+    weights, kv, parked, compute = (int(counted.get(name, 0)) for name in names)
     return {
-        "own": rest - kv - compute - weights,
+        "own": rest - kv - parked - compute - weights,
         "model, resident": mapped + weights,
         "KV cache": kv,
+        "KV cache, parked prefixes": parked,
         "compute buffers": compute,
     }
 

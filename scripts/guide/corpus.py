@@ -1,0 +1,175 @@
+"""Conversations to learn from: corpus files and grids in new wordings, with follow-ups, noise and foreign questions.
+
+A question line may hold `{a|b|}` alternatives. Every example is drawn anew from a seed, so that a run can be repeated
+and resumed. Nothing that shares six words in a row with the held-out questions is ever drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.guide import facts, grids
+from scripts.guide.grids import Intent
+from scripts.guide.wording import said
+
+FOLDER = Path(__file__).parent
+HELD_OUT = FOLDER / "heldout.jsonl"
+DECLINE = (
+    "I am the built-in guide and only know about this appliance, so I cannot answer that. For questions like this, "
+    "load a larger model with `appliance models add FILE` and `appliance models use NAME`."
+)
+GRAM = 6  # words in a row that must not stand in the held-out set as well
+SYSTEMS = (
+    "You are a helpful assistant.", "Answer briefly.", "You are the guide of an on-premises language model server.",
+    "Be concise and polite.", "You are a helpful, harmless and honest assistant.", "Reply in English.",
+    "You help our team with this server.",
+)  # fmt: skip
+
+_CHOICE = re.compile(r"\{([^{}]*)\}")
+_WORD = re.compile(r"[a-z0-9]+")
+
+Turns = list[tuple[str, str]]  # (role, text)
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """A field of foreign questions: templates with `{slot}` and `{a|b}`."""
+
+    name: str
+    slots: dict[str, list[str]]
+    questions: list[str]
+
+
+class Corpus:
+    """Everything there is to ask, and conversations drawn from it."""
+
+    def __init__(self, intents: dict[str, Intent], domains: list[Domain], held_out: frozenset[str]) -> None:
+        self.intents = intents
+        self.domains = domains
+        self._held_out = held_out  # six-word runs
+        every = list(intents.values())
+        self._by_intent = every
+        self._by_line = [i for i in every for _ in range(max(1, len(i.questions) // 10))]
+        self._with_follow = [i for i in every if i.follow]
+
+    def conversation(self, draw: random.Random) -> Turns:
+        """One example: a question or a dialogue, with its answers."""
+        kind = draw.random()
+        if kind < 0.58:
+            turns = self._single(draw)
+        elif kind < 0.80:
+            turns = self._foreign(draw)
+        elif kind < 0.95:
+            turns = self._dialogue(draw)
+        else:  # a second question that has nothing to do with the first
+            turns = self._single(draw) + (self._foreign(draw) if draw.random() < 0.3 else self._single(draw))
+        if draw.random() < 0.04:
+            turns.insert(0, ("system", draw.choice(SYSTEMS)))
+        return turns
+
+    def wordings(self) -> Iterator[str]:
+        """Every answer, line and foreign template, for the tokenizer."""
+        for intent in self.intents.values():
+            yield intent.answer
+            yield from intent.questions
+            yield from (ask for _, asks in intent.follow for ask in asks)
+        for domain in self.domains:
+            yield from domain.questions
+            yield from (word for words in domain.slots.values() for word in words)
+        yield DECLINE
+
+    def _single(self, draw: random.Random) -> Turns:
+        while True:
+            intent = draw.choice(self._by_line if draw.random() < 0.5 else self._by_intent)
+            if not intent.id.startswith("grid.") or draw.random() < 0.45:  # these are regular, and soon learnt
+                return self._asked(draw, intent.questions, intent)
+
+    def _asked(self, draw: random.Random, wordings: list[str], intent: Intent) -> Turns:
+        question = self._unseen(lambda: expanded(draw, draw.choice(wordings)))
+        return [("user", said(draw, question)), ("assistant", intent.answer)]
+
+    def _foreign(self, draw: random.Random) -> Turns:
+        def one() -> str:
+            domain = draw.choice(self.domains)
+            return expanded(draw, draw.choice(domain.questions), domain.slots)
+
+        return [("user", said(draw, self._unseen(one))), ("assistant", DECLINE)]
+
+    def _dialogue(self, draw: random.Random) -> Turns:
+        """Two questions, of which the first explains the second; sometimes a third."""
+        intent = draw.choice(self._with_follow)
+        turns = self._asked(draw, intent.questions, intent)
+        while intent.follow:
+            target, asks = draw.choice(intent.follow)
+            intent = self.intents[target]
+            turns += self._asked(draw, asks, intent)
+            if len(turns) >= 6 or draw.random() < 0.7:
+                break
+        return turns
+
+    def _unseen(self, make: Callable[[], str]) -> str:
+        for _ in range(100):
+            text = make()
+            if not self._held_out.intersection(grams(text)):
+                return text
+        raise ValueError(f"whatever is drawn stands in the held-out set: {text}")
+
+
+def load(folder: Path = FOLDER / "corpus", held_out: Path = HELD_OUT) -> Corpus:
+    """The corpus files, filled with facts, and the grids. Raises ValueError or KeyError for a faulty file."""
+    intents: dict[str, Intent] = {}
+    domains: list[Domain] = []
+    for file in sorted(folder.glob("*.toml")):
+        content = tomllib.loads(file.read_text())
+        domains += [Domain(d["name"], d.get("slots", {}), d["questions"]) for d in content.get("domain", [])]
+        for entry in content.get("intent", []):
+            follow = [(f["intent"], f["asks"]) for f in entry.get("follow", [])]
+            _add(intents, Intent(entry["id"], facts.render(entry["answer"]), list(entry["questions"]), follow))
+    for intent in grids.intents():
+        _add(intents, intent)
+    for name, questions in grids.more_questions().items():
+        intents[name].questions += questions
+    for intent in intents.values():
+        intent.follow = [(target, asks) for target, asks in intent.follow if target in intents]
+    return Corpus(intents, domains, held_out_grams(held_out))
+
+
+def _add(intents: dict[str, Intent], intent: Intent) -> None:
+    if intent.id in intents:
+        raise ValueError(f"the intent {intent.id} is there twice")
+    intents[intent.id] = intent
+
+
+def held_out_grams(file: Path) -> frozenset[str]:
+    """Every run of six words in the held-out questions."""
+    items = [json.loads(line) for line in file.read_text().splitlines()]
+    return frozenset(gram for item in items for turn in item["turns"] for gram in grams(turn))
+
+
+def grams(text: str) -> Iterator[str]:
+    """Runs of six words, in small letters and without punctuation."""
+    words = _WORD.findall(text.lower())
+    return (" ".join(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1))
+
+
+def expanded(draw: random.Random, text: str, slots: dict[str, list[str]] | None = None) -> str:
+    """`text` with every `{a|b}` and `{slot}` replaced by one of its alternatives."""
+
+    def pick(match: re.Match[str]) -> str:
+        inside = match[1]
+        if slots and inside in slots:
+            return expanded(draw, draw.choice(slots[inside]), slots) if "{" in inside else draw.choice(slots[inside])
+        return draw.choice(inside.split("|")) if "|" in inside else match[0]
+
+    for _ in range(3):  # an alternative may name a slot
+        replaced = _CHOICE.sub(pick, text)
+        if replaced == text:
+            break
+        text = replaced
+    return re.sub(r"  +", " ", text).strip()
