@@ -119,6 +119,7 @@ def described(model: Model) -> dict[str, Any]:
         "sha256": model.sha256,
         "template": model.template,
         "licence": model.licence,
-        "placeholder": model.placeholder,
+        "guide": model.nature == "guide",
+        "placeholder": model.nature == "placeholder",
         "chosen": model.chosen,
     }

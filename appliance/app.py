@@ -119,7 +119,7 @@ class Process:
                 return
             try:
                 model = served_model(self.administration.catalog, self.config.engine.model)
-                self.local.load(model.name, model.path, placeholder=model.placeholder)
+                self.local.load(model.name, model.path, model.nature)
             except ModelError as error:
                 log.error("no model: %s", error.message)
                 self.local.fail(self._without_paths(error.message))
@@ -127,7 +127,7 @@ class Process:
                 log.exception("the model could not be loaded")
                 self.local.fail("it could not be loaded; the server's log says why")
             else:
-                log.info("ready", extra={"model": model.name, "placeholder": model.placeholder})
+                log.info("ready", extra={"model": model.name, "nature": model.nature})
 
     def _without_paths(self, sentence: str) -> str:
         """What callers may know: the file's name, but not where it lies."""
@@ -160,12 +160,7 @@ class Process:
     def _use(self, name: str) -> dict[str, Any]:
         with self._swap:
             model = self.administration.catalog.resolve(name)
-            self.local.use(
-                model.name,
-                model.path,
-                placeholder=model.placeholder,
-                drain_seconds=self.config.server.drain_seconds,
-            )
+            self.local.use(model.name, model.path, model.nature, drain_seconds=self.config.server.drain_seconds)
             return self.administration.models_use(name)
 
     async def _chat(self, arguments: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
@@ -187,15 +182,18 @@ def serve(config: Config) -> int:
 
 
 @contextmanager
-def local_chat(config: Config) -> Iterator[Callable[[dict[str, Any]], Iterator[dict[str, Any]]]]:
-    """Chatting without a server: loads the model here. The same parts come as through the admin socket."""
+def local_chat(config: Config) -> Iterator[Callable[[str, dict[str, Any]], Iterator[dict[str, Any]]]]:
+    """Chatting without a server: loads the model here. "chat" and "status" answer as through the admin socket."""
     with _opened(config) as administration, asyncio.Runner() as runner:
         model = served_model(administration.catalog, config.engine.model)
         local = LocalProvider(config.engine)
         local.attach(runner.get_loop())
-        local.load(model.name, model.path, placeholder=model.placeholder)
+        local.load(model.name, model.path, model.nature)
 
-        def answer(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        def answer(operation: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+            if operation == "status":
+                yield {"result": local.status()}
+                return
             chunks = local.complete(_terminal_request(arguments))
             try:
                 while (chunk := runner.run(_next(chunks))) is not None:

@@ -23,7 +23,8 @@ from pathlib import Path
 import msgspec
 
 from appliance.errors import ModelError
-from appliance.gguf import PLACEHOLDER_KEY, GgufHeader, read_header
+from appliance.gguf import GUIDE_KEY, PLACEHOLDER_KEY, GgufHeader, read_header
+from appliance.messages import Nature
 
 FORMAT = 1
 PORTION = 4 * 1024 * 1024  # bytes hashed or copied at a time
@@ -60,6 +61,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     licence: str
     placeholder: bool
     seen: Seen
+    guide: bool = False
 
 
 class _Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,7 +83,7 @@ class Model:
     sha256: str
     template: str
     licence: str
-    placeholder: bool
+    nature: Nature
     chosen: bool = False
 
     def __fspath__(self) -> str:
@@ -249,7 +251,9 @@ class Catalog:
         facts = _facts(read_header(path))
         digest, seen = _hashed(path)
         file = path.name if path.parent == Path(os.path.abspath(self._dir)) else str(path)
-        return _Record(name, file, digest, seen.size, facts.template, facts.licence, facts.placeholder, seen)
+        return _Record(
+            name, file, digest, seen.size, facts.template, facts.licence, facts.placeholder, seen, facts.guide
+        )
 
     def _model(self, record: _Record, manifest: _Manifest) -> Model:
         return Model(
@@ -259,7 +263,7 @@ class Catalog:
             sha256=record.sha256,
             template=record.template,
             licence=record.licence,
-            placeholder=record.placeholder,
+            nature=_nature(record.guide, record.placeholder),
             chosen=record.name == manifest.chosen,
         )
 
@@ -326,6 +330,11 @@ class _Facts:
     template: str
     licence: str
     placeholder: bool
+    guide: bool
+
+
+def _nature(guide: bool, placeholder: bool) -> Nature:
+    return "guide" if guide else "placeholder" if placeholder else "model"
 
 
 def _facts(header: GgufHeader) -> _Facts:
@@ -335,6 +344,7 @@ def _facts(header: GgufHeader) -> _Facts:
         template=kind,
         licence=header.text("general.license", "unknown")[:200],
         placeholder=header.metadata.get(PLACEHOLDER_KEY) is True,
+        guide=header.metadata.get(GUIDE_KEY) is True,
     )
 
 
@@ -349,7 +359,7 @@ def _unrecorded(path: Path) -> Model:
         "",
         facts.template,
         facts.licence,
-        facts.placeholder,
+        _nature(facts.guide, facts.placeholder),
     )
 
 

@@ -38,7 +38,7 @@ from appliance.errors import (
     ServerUnreachable,
     UsageError,
 )
-from appliance.messages import SCOPES
+from appliance.messages import NOTES, SCOPES
 from appliance.store import backup
 from appliance.store.database import Store
 from appliance.store.keyfile import read_key
@@ -48,7 +48,7 @@ BUSY_SECONDS = 5.0  # another command, or a server that is just starting, may ho
 PORTION = 1 << 20
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # with these a model, or a GGUF header, could steer a terminal
 
-Answer = Callable[[dict[str, Any]], Iterator[dict[str, Any]]]
+Answer = Callable[[str, dict[str, Any]], Iterator[dict[str, Any]]]  # an operation's parts
 
 
 def _exit_codes() -> str:
@@ -306,7 +306,7 @@ def models() -> None:
 def models_list(config_file: str | None, data_dir: str | None, as_json: bool) -> None:
     """Lists the models; the chosen one is served."""
     rows = _operate(config.load(data_dir, config_file), "models.list")
-    _print_table(rows, ("name", "size", "template", "licence", "placeholder", "chosen", "file"), as_json)
+    _print_table(rows, ("name", "size", "template", "licence", "guide", "placeholder", "chosen", "file"), as_json)
 
 
 @models.command(name="add")
@@ -363,21 +363,32 @@ def chat(config_file: str | None, data_dir: str | None, prompt: str | None, max_
     if prompt is None and not sys.stdin.isatty():
         prompt = _piped()
     with ExitStack() as stack:
+        if prompt is not None:
+            first = _user(prompt)  # a prompt that is none needs no model
         answer = _answerer(settings, stack)
+        _introduce(answer)
         if prompt is None:
             _converse(answer, max_tokens)
         else:
-            _show_answer(answer({"messages": [_user(prompt)], "max_tokens": max_tokens}))
+            _show_answer(answer("chat", {"messages": [first], "max_tokens": max_tokens}))
 
 
 def _answerer(settings: Config, stack: ExitStack) -> Answer:
     """What answers: the running server, or a model loaded here until `stack` closes."""
     socket = admin.socket_path(settings.data_dir)
     if admin.reachable(socket):
-        return lambda arguments: admin.stream(socket, "chat", arguments)
+        return lambda operation, arguments: admin.stream(socket, operation, arguments)
     from appliance import app  # as in `serve`
 
     return stack.enter_context(app.local_chat(settings))
+
+
+def _introduce(answer: Answer) -> None:
+    """What has to be known of the model, before its first word; beside the answers, so that these stay pure."""
+    found = next(iter(answer("status", {})))["result"]
+    for nature in ("guide", "placeholder"):
+        if found.get(nature):
+            click.echo(NOTES[nature], err=True)
 
 
 def _piped() -> str:
@@ -406,7 +417,7 @@ def _converse(answer: Answer, max_tokens: int | None) -> None:
             continue
         try:
             turns = [*messages, _user(prompt)]
-            text = _show_answer(answer({"messages": turns, "max_tokens": max_tokens}), stoppable=True)
+            text = _show_answer(answer("chat", {"messages": turns, "max_tokens": max_tokens}), stoppable=True)
         except (AlreadyRunning, ServerUnreachable):
             raise
         except ApplianceError as error:

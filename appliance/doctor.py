@@ -185,8 +185,10 @@ def _model(config: Config) -> Finding:
         model = _served(config)
     except ModelError as error:
         return Finding("model", "fail", error.message, CHOOSE_MODEL)
-    if model.placeholder:
+    if model.nature == "placeholder":
         return Finding("model", "warn", f"{model.name} is a placeholder with random weights.", CHOOSE_MODEL)
+    if model.nature == "guide":
+        return Finding("model", "warn", f"{model.name} is the built-in guide, which knows nothing else.", CHOOSE_MODEL)
     return Finding("model", "ok", f"{model.name} is whole.")
 
 

@@ -22,6 +22,7 @@ from appliance.errors import ModelError
 MAGIC = b"GGUF"
 VERSION = 3
 ALIGNMENT = 32
+GUIDE_KEY = "appliance.guide"  # likewise: true in the built-in guide
 PLACEHOLDER_KEY = "appliance.placeholder"  # our own key: true in models that only stand in for a real one
 KEPT_ARRAY = 1_024  # longer arrays stay in the file
 

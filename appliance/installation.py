@@ -5,6 +5,8 @@ Safe to repeat and to resume: what is there stays, and secrets are made and show
 
 from __future__ import annotations
 
+import hashlib
+import json
 import secrets
 import string
 from collections.abc import Mapping
@@ -15,13 +17,14 @@ from pathlib import Path
 from appliance import tinymodel
 from appliance.access import keys as key_form
 from appliance.catalog import Catalog
-from appliance.config import Config
-from appliance.errors import DataDirError
+from appliance.config import CHECKOUT, Config
+from appliance.errors import DataDirError, ModelError
 from appliance.store import accounts, keys, users
 from appliance.store.database import Store
 from appliance.store.keyfile import ENVIRONMENT, MasterKey, create_key_file, read_key
 
 ACCOUNT, PLAN, ADMINISTRATOR = "default", "enterprise", "admin"
+GUIDE = CHECKOUT / "models" / "appliance-guide.gguf"
 PLACEHOLDER = "tiny"
 ORIGIN = "init"  # who made the first key
 
@@ -44,7 +47,7 @@ def initialise(config: Config, environ: Mapping[str, str]) -> Initialised:
     """
     make_data_dir(config.models_dir)
     with _open_or_create(config, environ) as store:
-        _make_placeholder(config.models_dir)
+        _choose_model(config.models_dir)
         return _first_account(store)
 
 
@@ -94,13 +97,30 @@ def _password() -> str:
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(20))
 
 
-def _make_placeholder(models_dir: Path) -> None:
-    """A model of random weights, until there is a real one."""
+def _choose_model(models_dir: Path) -> None:
+    """The built-in guide, until there is a real model; where it was not shipped, a model of random weights."""
     catalog = Catalog(models_dir)
     if catalog.chosen() is not None:
         return
+    name = GUIDE.stem if GUIDE.exists() else PLACEHOLDER
+    if not any(entry.name == name for entry in catalog.entries()):
+        if name == PLACEHOLDER:
+            _add_placeholder(catalog, models_dir)
+        else:
+            _add_guide(catalog)
+    catalog.choose(name)
+
+
+def _add_guide(catalog: Catalog) -> None:
+    """A copy of the shipped file, which has to be the one that was shipped. Raises ModelError."""
+    shipped = json.loads((GUIDE.parent / "manifest.json").read_text())["models"]
+    digest = hashlib.sha256(GUIDE.read_bytes()).hexdigest()
+    if digest not in {entry["sha256"] for entry in shipped if entry["name"] == GUIDE.stem}:
+        raise ModelError(f"The built-in model {GUIDE} is not the one that was shipped: fetch it again, or delete it.")
+    catalog.add(GUIDE, name=GUIDE.stem, copy=True)
+
+
+def _add_placeholder(catalog: Catalog, models_dir: Path) -> None:
     path = models_dir / f"{PLACEHOLDER}.gguf"
-    if not any(entry.name == PLACEHOLDER for entry in catalog.entries()):
-        tinymodel.write(path)
-        catalog.add(path, name=PLACEHOLDER)
-    catalog.choose(PLACEHOLDER)
+    tinymodel.write(path)
+    catalog.add(path, name=PLACEHOLDER)

@@ -9,8 +9,17 @@ Role = Literal["system", "user", "assistant"]
 Scope = Literal["full", "read", "llm", "workflow"]
 FinishReason = Literal["stop", "length"]
 Lane = Literal["interactive", "batch"]
+Nature = Literal["model", "guide", "placeholder"]
 
 SCOPES: tuple[Scope, ...] = ("full", "read", "llm", "workflow")
+# What has to be said of a model that is no real one, wherever it answers.
+NOTES: dict[Nature, str] = {
+    "model": "",
+    "guide": "This is the built-in guide, a small model that knows only this appliance. "
+    "Load a real one with `appliance models add FILE` and `appliance models use NAME`.",
+    "placeholder": "This is a placeholder with random weights, whose answers are noise. "
+    "Load a real model with `appliance models add FILE` and `appliance models use NAME`.",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,11 @@ byte-level vocabulary. The same bytes on every run: NumPy's PCG64, and sums in a
 from __future__ import annotations
 
 import argparse
+import heapq
 import math
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,17 +183,54 @@ def byte_letters() -> list[str]:
 
 def train_vocabulary(text: str, size: int) -> Vocabulary:
     """Byte-pair encoding of `text` until there are `size` tokens (fewer when every word is one token)."""
-    words = Counter(tuple(_letters(word)) for word in _WORDS.findall(text))
-    tokens, merges = byte_letters(), list[tuple[str, str]]()
-    while len(tokens) < size - len(CONTROL):
-        pair = _commonest_pair(words)
-        if pair is None:
-            break
+    words = Counter(_WORDS.findall(text))
+    pairs = _Pairs(Counter({tuple(_letters(word)): count for word, count in words.items()}))
+    tokens, merges = dict.fromkeys(byte_letters()), list[tuple[str, str]]()
+    while len(tokens) < size - len(CONTROL) and (pair := pairs.commonest()) is not None:
         merges.append(pair)
-        if "".join(pair) not in tokens:
-            tokens.append("".join(pair))
-        words = Counter({_merged(word, pair): count for word, count in words.items()})
+        tokens["".join(pair)] = None
+        pairs.merge(pair)
     return Vocabulary((*tokens, *CONTROL), tuple(merges))
+
+
+class _Pairs:
+    """How often neighbours occur in the words of a text, kept up to date while pairs are merged."""
+
+    def __init__(self, words: Counter[tuple[str, ...]]) -> None:
+        self._words = [(word, count) for word, count in words.items()]
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._where: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+        for number in range(len(self._words)):
+            self._count(number, 1)
+        self._heap = [(-count, pair) for pair, count in self._counts.items()]
+        heapq.heapify(self._heap)
+
+    def commonest(self) -> tuple[str, str] | None:
+        """The most frequent pair; ties by spelling, never by hash order."""
+        while self._heap:
+            count, pair = self._heap[0]
+            if count and self._counts[pair] == -count:
+                return pair
+            heapq.heappop(self._heap)  # it has changed since
+        return None
+
+    def merge(self, pair: tuple[str, str]) -> None:
+        for number in sorted(self._where[pair]):
+            changed = self._count(number, -1)
+            word, count = self._words[number]
+            self._words[number] = (_merged(word, pair), count)
+            for other in changed | self._count(number, 1):
+                heapq.heappush(self._heap, (-self._counts[other], other))
+
+    def _count(self, number: int, sign: int) -> set[tuple[str, str]]:
+        """Adds the pairs of a word, or takes them away; which these are."""
+        word, count = self._words[number]
+        found = set(zip(word, word[1:], strict=False))
+        for pair in zip(word, word[1:], strict=False):
+            self._counts[pair] += sign * count
+        for pair in found:
+            (self._where[pair].add if sign > 0 else self._where[pair].discard)(number)
+        return found
 
 
 def encode(values: Floats, kind: GgmlType) -> bytes:
@@ -215,15 +253,6 @@ def encode(values: Floats, kind: GgmlType) -> bytes:
 def _letters(text: str) -> list[str]:
     alphabet = byte_letters()
     return [alphabet[byte] for byte in text.encode()]
-
-
-def _commonest_pair(words: Counter[tuple[str, ...]]) -> tuple[str, str] | None:
-    pairs: Counter[tuple[str, str]] = Counter()
-    for word, count in words.items():
-        for pair in zip(word, word[1:], strict=False):
-            pairs[pair] += count
-    best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)  # ties by spelling, never by hash order
-    return best
 
 
 def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:

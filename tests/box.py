@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from appliance import tinymodel
+from appliance.catalog import Catalog
+
 APPLIANCE = [sys.executable, "-m", "appliance"]
 
 
@@ -41,6 +44,17 @@ def command(
     if check and done.returncode:
         raise AssertionError(f"{words} ended with {done.returncode}: {done.stderr}")
     return done
+
+
+def choose_tiny(data_dir: Path) -> None:
+    """Most tests want a model that goes on for as long as it may, and says so in no time: not the built-in guide."""
+    models = data_dir / "models"
+    tinymodel.write(models / "tiny.gguf")
+    catalog = Catalog(models)
+    for other in catalog.entries():
+        catalog.remove(other.name)
+    catalog.add(models / "tiny.gguf", name="tiny")
+    catalog.choose("tiny")
 
 
 @dataclass
@@ -69,6 +83,8 @@ class Box:
     @contextmanager
     def start(cls, data_dir: Path, *options: str, **settings: str) -> Iterator[Box]:
         made = json.loads(command("init", "--json", data_dir=data_dir, stdin="", check=True, **settings).stdout)
+        if made["created"]:
+            choose_tiny(data_dir)
         with cls.serve(data_dir, *options, key=made.get("key", ""), **settings) as running:
             running.wait_ready()
             yield running

@@ -17,7 +17,7 @@ import pytest
 from appliance import catalog
 from appliance.catalog import Catalog
 from appliance.errors import ModelError
-from appliance.gguf import PLACEHOLDER_KEY, GgmlType, Writer
+from appliance.gguf import GUIDE_KEY, PLACEHOLDER_KEY, GgmlType, Writer
 
 
 def make(path: Path, fill: int = 1, **keys: str) -> Path:
@@ -81,7 +81,7 @@ def test_add_records_what_the_file_is(models: Catalog, tmp_path: Path) -> None:
     assert model == models.entries()[0]
     assert (model.name, model.path, model.size) == ("Qwen-2", file, file.stat().st_size)
     assert model.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert (model.template, model.licence, model.placeholder, model.chosen) == ("chatml", "mit", False, False)
+    assert (model.template, model.licence, model.nature, model.chosen) == ("chatml", "mit", "model", False)
     assert os.fspath(model) == str(file)
     with pytest.raises(FrozenInstanceError):
         model.name = "other"  # type: ignore[misc]
@@ -98,8 +98,16 @@ def test_a_placeholder_says_so(models: Catalog, tmp_path: Path) -> None:
     writer = Writer(tmp_path / "stand-in.gguf")
     writer.boolean(PLACEHOLDER_KEY, True)
     writer.write()
-    assert models.add(tmp_path / "stand-in.gguf").placeholder
-    assert not models.add(make(tmp_path / "real.gguf", appliance__placeholder="true")).placeholder
+    assert models.add(tmp_path / "stand-in.gguf").nature == "placeholder"
+    assert models.add(make(tmp_path / "real.gguf", appliance__placeholder="true")).nature == "model"
+
+
+def test_the_built_in_guide_says_so(models: Catalog, tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "guide.gguf")
+    writer.boolean(GUIDE_KEY, True)
+    writer.write()
+    assert models.add(tmp_path / "guide.gguf").nature == "guide"
+    assert models.resolve("guide").nature == models.resolve(tmp_path / "guide.gguf").nature == "guide"
 
 
 def test_a_file_in_the_models_directory_moves_with_it(models: Catalog, tmp_path: Path) -> None:

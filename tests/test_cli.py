@@ -28,7 +28,7 @@ from appliance import __version__, cli, config, errors, installation
 from appliance.config import Config
 from appliance.store.keyfile import ENVIRONMENT
 from appliance.store.lock import DataDirLock
-from tests.box import APPLIANCE, Box, command, environment
+from tests.box import APPLIANCE, Box, choose_tiny, command, environment
 from tests.test_admin import serving
 
 KEY = re.compile(r"oai_[A-Za-z0-9]{32}")
@@ -39,6 +39,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An initialised data directory, to be copied."""
     made = tmp_path_factory.mktemp("template") / "data"
     command("init", data_dir=made)
+    choose_tiny(made)
     return made
 
 
@@ -166,7 +167,7 @@ def test_init_makes_everything_and_says_it_once(tmp_path: Path) -> None:
     [key] = listed(data, "key", "list")
     assert (key["account"], key["scope"], key["last_four"]) == ("default", "full", made["key"][-4:])
     [model] = listed(data, "models", "list")
-    assert model["chosen"] and model["placeholder"]
+    assert (model["name"], model["chosen"], model["guide"]) == ("appliance-guide", True, True)
 
 
 def test_init_shows_both_secrets_once_to_a_person(tmp_path: Path) -> None:
@@ -206,6 +207,7 @@ def test_a_beginning_that_was_cut_off_is_completed(tmp_path: Path, monkeypatch: 
             return getattr(real, name)
 
     real = getattr(installation, step)
+    monkeypatch.setattr(installation, "GUIDE", tmp_path / "not-shipped.gguf")
     monkeypatch.setattr(installation, step, Cut())
     assert refused(data, "init", "--json", code=7) == "The power is gone."
     key_file = (data / "secrets" / "master.key").read_bytes()
@@ -217,6 +219,24 @@ def test_a_beginning_that_was_cut_off_is_completed(tmp_path: Path, monkeypatch: 
     assert valid == [made["key"][-4:]]
     assert len(listed(data, "account", "list")) == 1
     assert listed(data, "init") == {"created": False}
+
+
+def test_without_the_built_in_guide_a_placeholder_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation, "GUIDE", tmp_path / "not-shipped.gguf")
+    assert listed(tmp_path / "data", "init")["created"]
+    [model] = listed(tmp_path / "data", "models", "list")
+    assert (model["name"], model["chosen"], model["placeholder"], model["guide"]) == ("tiny", True, True, False)
+
+
+def test_a_damaged_built_in_guide_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = tmp_path / "models"
+    shutil.copytree(installation.GUIDE.parent, shipped)
+    guide = shipped / installation.GUIDE.name
+    guide.write_bytes(guide.read_bytes()[:-1] + b"x")
+    monkeypatch.setattr(installation, "GUIDE", guide)
+    assert "not the one that was shipped" in refused(tmp_path / "data", "init", code=9)
+    monkeypatch.undo()
+    assert listed(tmp_path / "data", "init")["created"], "nothing is lost by the failed try"
 
 
 def test_a_lost_key_file_is_a_refusal_and_never_a_new_database(data: Path) -> None:
@@ -466,6 +486,9 @@ class Talker:
         self.stopped = threading.Event()
 
     async def handle(self, operation: str, arguments: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+        if operation == "status":
+            yield {"result": {"placeholder": True}}
+            return
         assert operation == "chat"
         self.shown.append(arguments)
         match arguments["messages"][-1]["content"]:

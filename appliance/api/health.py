@@ -30,7 +30,8 @@ async def readyz(request: Request, services: Services) -> Response:
         {
             "status": "ready",
             "model": loaded.name,
-            "placeholder": loaded.placeholder,
+            "guide": status["guide"],
+            "placeholder": status["placeholder"],
             "queue": status["waiting"],
             "running": status["running"],
             "slots": status["slots"],

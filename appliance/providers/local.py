@@ -18,7 +18,7 @@ from appliance.engine.grammar import SchemaCompiler
 from appliance.engine.prompt import ChatTemplate, PromptEncoder
 from appliance.engine.request import Event, Generate, Sink
 from appliance.errors import ApplianceError, BadRequest, EngineBroken, ModelError, ModelNotReady
-from appliance.messages import Chunk, CompletionRequest
+from appliance.messages import NOTES, Chunk, CompletionRequest, Nature
 
 log = logging.getLogger("appliance.local")
 
@@ -31,7 +31,7 @@ class Loaded:
 
     name: str
     path: Path
-    placeholder: bool
+    nature: Nature
     engine: Engine
     encoder: PromptEncoder
     schemas: SchemaCompiler
@@ -59,13 +59,13 @@ class LocalProvider:
         """Answers go to this event loop."""
         self._loop = loop
 
-    def load(self, name: str, path: Path, *, placeholder: bool = False) -> None:
+    def load(self, name: str, path: Path, nature: Nature = "model") -> None:
         """Loads the first model. Raises ModelError; the caller then says `fail`."""
         self.state = f"the model {name} is being loaded"
-        self._loaded = self._open(name, path, placeholder)
+        self._loaded = self._open(name, path, nature)
         self.state = "ready"
 
-    def use(self, name: str, path: Path, *, placeholder: bool = False, drain_seconds: float = 30.0) -> None:
+    def use(self, name: str, path: Path, nature: Nature = "model", *, drain_seconds: float = 30.0) -> None:
         """Swaps the model: drains, unloads, loads; on failure the old one comes back, and ModelError is raised."""
         old, self._loaded = self._loaded, None
         self.state = f"the model {name} is being loaded"
@@ -73,11 +73,11 @@ class LocalProvider:
             old.engine.drain(drain_seconds)
             old.close()
         try:
-            self._loaded = self._open(name, path, placeholder)
+            self._loaded = self._open(name, path, nature)
         except ModelError:
             if old is not None:
                 log.warning("%s does not load; %s comes back", name, old.name)
-                self._loaded = self._open(old.name, old.path, old.placeholder)
+                self._loaded = self._open(old.name, old.path, old.nature)
             raise
         finally:
             self.state = "ready" if self._loaded else "no model is loaded"
@@ -94,16 +94,16 @@ class LocalProvider:
             self._loaded.close()
             self._loaded = None
 
-    def _open(self, name: str, path: Path, placeholder: bool) -> Loaded:
+    def _open(self, name: str, path: Path, nature: Nature) -> Loaded:
         engine = Engine(path, self._settings, dispatch=self._hand_over, on_fatal=self._on_fatal)
         try:
             encoder = PromptEncoder(ChatTemplate(engine.model.chat_template, engine.model), engine.model)
         except BaseException:
             engine.close()
             raise
-        if placeholder:
-            log.warning("%s is a placeholder with random weights: its answers are noise. Add a model.", name)
-        return Loaded(name, path, placeholder, engine, encoder, SchemaCompiler(engine.model))
+        if NOTES[nature]:
+            log.warning("%s: %s", name, NOTES[nature])
+        return Loaded(name, path, nature, engine, encoder, SchemaCompiler(engine.model))
 
     def _hand_over(self, batch: list[tuple[Sink, Event]]) -> None:
         """Called on the decode thread, once per step."""
@@ -139,7 +139,8 @@ class LocalProvider:
         return {
             "state": self.state,
             "model": loaded.name,
-            "placeholder": loaded.placeholder,
+            "guide": loaded.nature == "guide",
+            "placeholder": loaded.nature == "placeholder",
             **loaded.engine.status(),
         }
 

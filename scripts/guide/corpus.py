@@ -121,7 +121,7 @@ class Corpus:
         raise ValueError(f"whatever is drawn stands in the held-out set: {text}")
 
 
-def load(folder: Path = FOLDER / "corpus", held_out: Path = HELD_OUT) -> Corpus:
+def load(folder: Path = FOLDER / "topics", held_out: Path = HELD_OUT) -> Corpus:
     """The corpus files, filled with facts, and the grids. Raises ValueError or KeyError for a faulty file."""
     intents: dict[str, Intent] = {}
     domains: list[Domain] = []

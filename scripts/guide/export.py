@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from appliance import tinymodel
-from appliance.gguf import GgmlType, Writer
+from appliance.gguf import GUIDE_KEY, GgmlType, Writer
 from appliance.tinymodel import Vocabulary
 from scripts.guide.network import ROPE_BASE, Shape
 from scripts.guide.tokens import NAME
@@ -21,6 +21,7 @@ def write(path: Path, weights: dict[str, Tensor], shape: Shape, vocabulary: Voca
     """Raises ModelError when the file cannot be written."""
     writer = Writer(path)
     tinymodel.describe(writer, NAME, vocabulary, context=shape.context, placeholder=False)
+    writer.boolean(GUIDE_KEY, True)
     writer.string("general.description", "The appliance's built-in guide: answers questions about the appliance only.")
     tinymodel.shape(
         writer,

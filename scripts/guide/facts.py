@@ -24,6 +24,7 @@ _SETTING = re.compile(r"\[(\w+)\] (\w+)")
 _VARIABLE = re.compile(r"APPLIANCE_([A-Z]+)__([A-Z_]+)")
 _PATH = re.compile(r"(?<![\w.~/])(?:/[\w.-]+)+")
 
+_STATUS = {"BAD_REQUEST": 400}  # has several; this one says it best
 WINDOWS = {"minute": "per_minute", "hour": "per_hour", "month": "per_month", "concurrent": "concurrent"}
 
 
@@ -37,14 +38,14 @@ def number(value: float | None) -> str:
 @cache
 def placeholders() -> dict[str, str]:
     """Every placeholder's text."""
-    found = {}
+    found: dict[str, str] = {}
     for plan in PLANS.values():
         found |= {f"plan.{plan.name}.{w}": number(getattr(plan, field)) for w, field in WINDOWS.items()}
     for setting in config.settings():
         plain = isinstance(setting.default, str | bool) or setting.name.endswith("port")
         found[f"setting.{setting.name}"] = str(setting.default) if plain else _shown(setting.default)
     for error in _subclasses(errors.ApplianceError):
-        found[f"status.{error.code}"] = str(error.status if error.code not in ("BAD_REQUEST",) else 400)
+        found[f"status.{error.code}"] = str(_STATUS.get(error.code, error.status))
         found[f"exit.{error.__name__}"] = str(error.exit_code)
     return found
 
@@ -151,8 +152,8 @@ def _is_command(rest: str) -> bool:
     except ValueError:
         return False
     name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in commands()), None)
-    if name is None:
-        return False
+    if name is None or (isinstance(commands()[name], click.Group) and words[len(name.split()) :]):
+        return False  # a group wants one of its own commands
     known = {option for p in commands()[name].params for option in p.opts} | {"--help", "-h"}
     return all(word.split("=")[0] in known for word in words if word.startswith("--"))
 

@@ -34,8 +34,8 @@ from scripts.guide.tokens import VOCABULARY, Tokens, learnt
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "models" / "appliance-guide.gguf"
 SEED = 20_261_124
-STEPS = 2_400
-EXAMPLES = 96  # of a step
+STEPS = 1_800
+EXAMPLES = 48  # of a step
 RATE = 2.5e-3
 WARM_UP = 0.03  # share of the steps
 DECAY = 0.1
