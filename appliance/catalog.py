@@ -225,9 +225,7 @@ class Catalog:
         for known in self._read().models:
             same_place = _real(self._path(known)) == _real(self._path(record))
             if known.name == record.name and known.sha256 != record.sha256 and not same_place:
-                raise ModelError(
-                    f"There is another model of the name {record.name}; remove it, or choose another name."
-                )
+                raise ModelError(f"There is another model of the name {record.name}; choose another one with --name.")
 
     def _copied(self, file: Path, name: str) -> Path:
         target = Path(os.path.abspath(self._dir / f"{name}.gguf"))

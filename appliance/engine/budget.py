@@ -6,7 +6,7 @@ and the goal for the gap between two tokens. Pure; the clock is passed in as dur
 
 from __future__ import annotations
 
-SMALLEST = 32  # a prompt always advances
+SMALLEST = 64  # a prompt always advances, and by whole tiles: a CPU's attention computes 63 rows one by one
 LARGEST = 1_024
 PATIENCE = 5.0  # how often the goal is stretched at most while many wait for their first token and few generate
 SMOOTHING = 0.2  # weight of the newest measurement
@@ -34,10 +34,10 @@ class PrefillBudget:
         if self.fixed:
             return self.fixed
         if not self.prefill_seconds:
-            return 2 * SMALLEST
+            return SMALLEST
         goal = self.goal * min(PATIENCE, 1 + n_prefilling / n_decoding)
         fits = int((goal - self.decode_seconds) / self.prefill_seconds)
-        budget = max(SMALLEST, min(fits, LARGEST))
+        budget = max(SMALLEST, min(fits, LARGEST) // SMALLEST * SMALLEST)
         # One graph computes `ubatch` tokens: a few more would cost a second, nearly empty pass over the weights.
         if self.ubatch // 2 < budget + n_decoding:
             return max(SMALLEST, min(budget, self.ubatch - n_decoding))
@@ -47,7 +47,7 @@ class PrefillBudget:
         """A step with these tokens took `seconds`."""
         if not n_prefill:
             self.decode_seconds = self._smooth(self.decode_seconds, seconds)
-        elif n_prefill >= SMALLEST // 2:
+        elif n_prefill >= SMALLEST // 4:
             own = max(seconds - (self.decode_seconds if n_decoding else 0.0), seconds / 10)
             self.prefill_seconds = self._smooth(self.prefill_seconds, own / n_prefill)
 
