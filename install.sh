@@ -28,7 +28,7 @@ secrets once. Run again, it changes only what is missing: nothing is overwritten
   --data-dir DIR   where the data lives (default: $APPLIANCE_DATA_DIR, else /var/lib/appliance as root,
                    ~/.local/share/appliance otherwise)
   --wheel-dir DIR  install from a wheelhouse made by scripts/make-wheelhouse: no network, no compiler
-  --cpu            build for the processor alone, even where a GPU is found
+  --cpu            build for the processor alone, even where a GPU is found (a CUDA build that is there stays)
   --yes            ask nothing; as root, install missing Debian packages with apt-get
   --uninstall      remove the service and .venv; the data stays
   --purge          with --uninstall: delete the data too (keys, accounts, everything)
@@ -165,6 +165,8 @@ find_build_tools() {
 }
 
 has_gpu() {
+    command -v nvidia-smi >/dev/null || return 1
+    echo "looking for a GPU ..." >&2
     [[ $(timeout 30 nvidia-smi -L 2>/dev/null || true) == *"GPU "* ]]
 }
 
@@ -458,7 +460,7 @@ install_service() {
     doing="starting the service"
     systemctl daemon-reload
     systemctl enable appliance
-    systemctl restart appliance
+    step "starting the service" systemctl restart appliance
     step "waiting for the service to answer" wait_until_active ||
         die 1 "the service does not answer: 'journalctl -u appliance' says why."
     echo "The service runs ('systemctl status appliance'). Use it with:"
@@ -482,7 +484,7 @@ remove_service() {
     [[ -f $unit_file ]] || return 0
     ((EUID == 0)) || die 3 "the service can only be removed by root: run this with sudo."
     doing="removing the service"
-    ! systemd_runs || systemctl disable --now appliance
+    ! systemd_runs || step "stopping the service" systemctl disable --now appliance
     rm -f "$unit_file" "$unit_file.old"
     ! systemd_runs || systemctl daemon-reload
 }

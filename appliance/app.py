@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
 from pathlib import Path
@@ -45,6 +46,7 @@ from appliance.store.lock import DataDirLock
 
 log = logging.getLogger("appliance")
 
+CLOSE_SECONDS = 0.8  # for unloading the model at the end
 SWITCH_SECONDS = 0.0005  # the decode thread waits this long at most until the event loop gives the interpreter back
 
 
@@ -106,12 +108,25 @@ class Process:
         scheme = "https" if self.config.server.tls_cert else "http"
         log.info("serving", extra={"address": f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"})
         try:
-            await server.serve(self.app, self.config.server, bound, self.app.drain)
+            await server.serve(self.app, self.config.server, bound, self.app.drain, self.local.cut)
         finally:
             await operator.close()
-            self._closing = True
-            await asyncio.to_thread(self._close_model)
+            await self._end()
         return self.exit_code
+
+    async def _end(self) -> None:
+        """Unloads the model. A load, or a long step, cannot be interrupted: then the process ends as it is, since the
+        kernel frees the rest and every acknowledged write is in the database's log."""
+        self._closing = True
+        closer = threading.Thread(target=self._close_model, name="unload", daemon=True)
+        closer.start()
+        until = time.monotonic() + CLOSE_SECONDS
+        while closer.is_alive() and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+        if closer.is_alive():
+            self.administration.store.close()
+            logging.shutdown()
+            os._exit(self.exit_code)
 
     def _load(self) -> None:
         with self._swap:
@@ -175,6 +190,7 @@ def serve(config: Config) -> int:
     """Runs the server in the foreground; the exit code. Raises OperatorError when it cannot start."""
     logs.configure()
     sys.setswitchinterval(SWITCH_SECONDS)
+    server.tls_context(config.server)  # a certificate that cannot be used ends the start before anything else is done
     with _opened(config) as administration, server.bind(config.server.host, config.server.port) as bound:
         administration.reload_keys()
         process = Process(config, administration)

@@ -120,6 +120,25 @@ def _administration(settings: Config) -> Iterator[Administration]:
             yield Administration(store, key, Catalog(settings.models_dir), KeyRing())
 
 
+@contextmanager
+def _patient_lock(settings: Config) -> Iterator[None]:
+    """The data directory's lock, for which another command is waited a little. Raises AlreadyRunning."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    lock = DataDirLock(settings.data_dir)
+    while True:
+        try:
+            lock.acquire()
+            break
+        except AlreadyRunning:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _need_initialised(settings: Config) -> None:
     if not settings.database.exists():
         raise NotInitialised(f"There is no appliance in {settings.data_dir}: run `appliance init` first.")
@@ -166,7 +185,7 @@ def init(config_file: str | None, data_dir: str | None, as_json: bool) -> None:
     if _reachable(settings):
         made = installation.Initialised(created=False)
     else:
-        with DataDirLock(settings.data_dir):
+        with _patient_lock(settings):
             made = installation.initialise(settings, os.environ)
     if as_json:
         values = {"account": made.account, "user": made.user, "password": made.password, "key": made.key}

@@ -9,12 +9,14 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 from appliance.errors import ConfigError, DataDirError
 
@@ -37,6 +39,19 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def _web_address(text: str) -> str:
+    parts = urlsplit(text)
+    if text and not (parts.scheme in ("http", "https") and parts.hostname):
+        raise ValueError
+    return text
+
+
+def _host_name(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]{1,253}", text):
+        raise ValueError
+    return text
+
+
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
     """`[server]`"""
@@ -45,8 +60,18 @@ class ServerSettings:
     port: int = setting(8080, "port to listen on; 0 picks a free one", low=0, high=65535)
     tls_cert: str = setting("", "PEM file of the certificate chain; with tls_key serves HTTPS")
     tls_key: str = setting("", "PEM file of the certificate's private key")
-    public_url: str = setting("", "the address people use, e.g. https://llm.example.org; its host is accepted")
-    allowed_hosts: tuple[str, ...] = setting((), "further Host names to accept; '*' accepts all")
+    public_url: str = setting(
+        "",
+        "the address people use; its host is accepted",
+        parse=_web_address,
+        words="an address such as https://llm.example.org",
+    )
+    allowed_hosts: tuple[str, ...] = setting(
+        (),
+        "further Host names to accept; '*' accepts all",
+        parse=_host_name,
+        words="a list of names or addresses, or '*'",
+    )
     trusted_proxies: tuple[str, ...] = setting(
         (),
         "proxies whose X-Forwarded-For is believed",

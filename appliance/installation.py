@@ -25,7 +25,7 @@ from appliance.store.keyfile import ENVIRONMENT, MasterKey, create_key_file, rea
 
 ACCOUNT, PLAN, ADMINISTRATOR = "default", "enterprise", "admin"
 GUIDE = CHECKOUT / "models" / "appliance-guide.gguf"
-PLACEHOLDER = "tiny"
+PLACEHOLDER = "tiny-placeholder"
 ORIGIN = "init"  # who made the first key
 
 

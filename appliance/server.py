@@ -18,6 +18,7 @@ import resource
 import signal
 import socket
 import ssl
+import stat
 import struct
 import termios
 import urllib.parse
@@ -53,7 +54,7 @@ BACKLOG = 2_048
 SLICE = 4_096  # bytes parsed at a time, so that limits act within a large read
 LINGER_SECONDS = 2.0  # what a refused client still sends is thrown away this long, so that it can read its answer
 MOST_PIPELINED = 16
-END_SECONDS = 1.0  # what was cancelled at the drain limit may take this long to end
+END_SECONDS = 1.0  # at the drain limit, half of it for last words, half for what was cancelled to end
 SPARE_FILES = 256  # descriptors beside the connections: database, model, log, admin socket
 
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time
@@ -90,6 +91,11 @@ def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
         return None
     if not settings.tls_cert or not settings.tls_key:
         raise ConfigError("[server] tls_cert and tls_key belong together: set both or neither.")
+    with contextlib.suppress(OSError):
+        if stat.S_IMODE(os.stat(settings.tls_key).st_mode) & 0o077:
+            raise ConfigError(
+                f"[server] tls_key {settings.tls_key} can be read by others: run chmod 600 {settings.tls_key}."
+            )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols(["http/1.1"])
     try:
@@ -104,14 +110,21 @@ def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
     return context
 
 
-async def serve(app: ASGIApp, settings: ServerSettings, bound: socket.socket, on_drain: Callable[[], None]) -> None:
+async def serve(
+    app: ASGIApp,
+    settings: ServerSettings,
+    bound: socket.socket,
+    on_drain: Callable[[], None],
+    on_limit: Callable[[], None] = lambda: None,
+) -> None:
     """Serves on `bound` until SIGTERM or SIGINT. Then `on_drain` is called, nothing new is accepted, idle connections
-    are closed, and running answers may finish within `drain_seconds`; what is left is cancelled, and this returns
-    within 2 s of that limit. A second signal ends the process at once, with 128 + its number. Raises ConfigError.
+    are closed, and running answers may finish within `drain_seconds`. `on_limit` then tells them that their time is
+    up; what is left a moment later is cancelled, and this returns within 2 s of the limit. A second signal ends the
+    process at once, with 128 + its number. Raises ConfigError.
     """
     _raise_file_limit(settings.max_connections + SPARE_FILES)
     asyncio.get_running_loop().set_exception_handler(_on_loop_error)
-    await _Server(app, settings, tls_context(settings), on_drain).serve([bound])
+    await _Server(app, settings, tls_context(settings), on_drain, on_limit).serve([bound])
 
 
 def _raise_file_limit(needed: int) -> None:
@@ -134,7 +147,12 @@ class _Server(uvicorn.Server):
     """uvicorn's life cycle with our connection class, signals and drain."""
 
     def __init__(
-        self, app: ASGIApp, settings: ServerSettings, tls: ssl.SSLContext | None, on_drain: Callable[[], None]
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        tls: ssl.SSLContext | None,
+        on_drain: Callable[[], None],
+        on_limit: Callable[[], None],
     ) -> None:
         config = uvicorn.Config(
             app, http=HttpToolsProtocol, ws="none", lifespan="off", loop="none", interface="asgi3",
@@ -144,6 +162,7 @@ class _Server(uvicorn.Server):
         self.settings = settings
         self._tls = tls
         self._on_drain = on_drain
+        self._on_limit = on_limit
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -183,9 +202,11 @@ class _Server(uvicorn.Server):
             connection.shutdown()
         if not await self._emptied(self.settings.drain_seconds):
             log.warning("the drain limit cuts running answers", extra={"answers": len(self.server_state.tasks)})
+            self._on_limit()
+            await self._emptied(END_SECONDS / 2)
         for task in list(self.server_state.tasks):
             task.cancel()
-        await self._emptied(END_SECONDS)
+        await self._emptied(END_SECONDS / 2)
         for connection in list(self._connections()):
             connection.abort()
         await asyncio.sleep(0)

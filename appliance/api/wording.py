@@ -74,8 +74,9 @@ def _members(kind: inspect.Type) -> tuple[inspect.Type, ...]:
 def _unknown(path: str, kind: inspect.Type, found: dict[str, Any]) -> str:
     known = [f.encode_name for f in _one_of(kind, inspect.StructType).fields]
     name = next(k for k in found if k not in known)
-    close = difflib.get_close_matches(name[:LONGEST], known, 1, 0.5)
-    hint = f"did you mean {quoted(close[0])}?" if close else f"known are {', '.join(known)}."
+    [nearest] = difflib.get_close_matches(name[:LONGEST], known, 1, 0.0)
+    near = difflib.SequenceMatcher(None, name[:LONGEST], nearest).ratio() >= 0.5
+    hint = f"did you mean {quoted(nearest)}?" if near else f"the nearest name is {quoted(nearest)}."
     return f"Unknown field {quoted(name)}{_within(path)}; {hint}"
 
 

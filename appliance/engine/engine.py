@@ -144,6 +144,10 @@ class Engine:
         self._post(lambda: self._enqueue(ticket))
         return ticket
 
+    def cut(self) -> None:
+        """Ends what runs and what waits with an error, at the next step: there is no more time."""
+        self._post(lambda: self._fail_all(_stopped()))
+
     def drain(self, seconds: float) -> bool:
         """Takes no new requests and waits for the accepted ones; False if some are left after `seconds`."""
         self._draining = True
@@ -245,7 +249,8 @@ class Engine:
             except Exception:
                 log.exception("the engine's step failed; its sequences end, the engine goes on")
                 self._recover()
-        self._fail_all(Draining("The server stopped before the answer was complete.", retry_after=5))
+        self._read_inbox()
+        self._fail_all(_stopped())
         self._publish()
 
     def _step(self) -> bool:
@@ -437,6 +442,8 @@ class Engine:
             for sequence in sequences:
                 del self._tickets[sequence]
             self._outbox.append((ticket.sink, error))
+        else:
+            ticket.place = self._scheduler.line.place(sequences[0])
 
     def _cancel(self, ticket: Ticket) -> None:
         self.metrics.cancelled += bool(ticket.choices)
@@ -465,14 +472,17 @@ class Engine:
             self._fail(part.sequence, error)
 
     def _fail_all(self, error: ApplianceError) -> None:
-        self._read_inbox()
         for sequence in list(self._tickets):
             self._fail(sequence, error)
 
     def _waited_too_long(self, sequence: Sequence) -> QueueTimeout:
         waited = round(time.monotonic() - sequence.arrived)
         wait = max(1, math.ceil(self.expected_wait()))
-        return QueueTimeout(f"The request waited {waited} s for a free place; the box is full.", retry_after=wait)
+        ticket = self._tickets.get(sequence)
+        place = f", at first as number {ticket.place} in line" if ticket else ""
+        return QueueTimeout(
+            f"The request waited {waited} s for a free place{place}; a new one waits about {wait} s.", retry_after=wait
+        )
 
     # ── handing over, resting ────────────────────────────────────────────────────────────────────────────────────
 
@@ -522,7 +532,10 @@ class Engine:
         self._steps_since_rebuild = 0
         self.metrics.rebuilt += 1
         self._context.close()
-        self._context = self._make_context(self.model, self.settings, self._ids, self._unified)
+        try:
+            self._context = self._make_context(self.model, self.settings, self._ids, self._unified)
+        except ApplianceError as error:
+            raise EngineBroken(f"The model's context cannot be made again: {error.message}") from error
         self._reset()
 
     def _lose_cache(self) -> None:
@@ -548,10 +561,15 @@ class Engine:
 
     def _end(self, error: EngineBroken) -> None:
         self._stopping = True
+        self._read_inbox()
         self._fail_all(InternalError("The engine broke; the server restarts."))
         self._publish()
         if self._on_fatal:
             self._on_fatal(error)
+
+
+def _stopped() -> Draining:
+    return Draining("The server stopped before the answer was complete.", retry_after=5)
 
 
 def _call_sinks(batch: list[tuple[Sink, Event]]) -> None:

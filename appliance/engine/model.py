@@ -33,6 +33,7 @@ KV_TYPES = {
 SPLIT_MODES = {"none": 0, "layer": 1, "row": 2, "tensor": 3}
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 LOAD_MMAP, LOAD_MMAP_MLOCK = 1, 3
+MOST_DEVICES = 128
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 DEFAULT_CONTEXT = 32_768  # tokens, where the model was trained on more
 SPECIAL = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN
@@ -102,8 +103,10 @@ class Model:
         params.n_gpu_layers = settings.gpu_layers
         params.split_mode = SPLIT_MODES[settings.split_mode]
         params.load_mode = LOAD_MMAP_MLOCK if settings.mlock else LOAD_MMAP
+        if len(settings.tensor_split) > MOST_DEVICES:
+            raise ModelError(f"[engine] tensor_split has more than {MOST_DEVICES} shares.")
         if settings.tensor_split:
-            shares = (ctypes.c_float * 128)(*settings.tensor_split)  # llama.cpp reads one per device
+            shares = (ctypes.c_float * MOST_DEVICES)(*settings.tensor_split)  # llama.cpp reads one per device
             params.tensor_split = ctypes.cast(shares, ctypes.POINTER(ctypes.c_float))
         handle = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not handle:

@@ -63,7 +63,7 @@ class Choice:
 class Ticket:
     """A submitted request. `cancel` frees its cells at the next step; its sink hears nothing after that."""
 
-    __slots__ = ("_cancel", "cached_tokens", "cancelled", "choices", "completion_tokens", "request", "sink")
+    __slots__ = ("_cancel", "cached_tokens", "cancelled", "choices", "completion_tokens", "place", "request", "sink")
 
     def __init__(self, request: Generate, sink: Sink, choices: list[Choice], cancel: Callable[[Ticket], None]) -> None:
         self.request = request
@@ -71,6 +71,7 @@ class Ticket:
         self.choices = {c.sequence: c for c in choices}  # that are not finished
         self.cancelled = False
         self.completion_tokens = 0  # of all choices
+        self.place = 0  # in the line, when it came: about how many were to be admitted up to and including it
         self.cached_tokens = 0
         self._cancel = cancel
 

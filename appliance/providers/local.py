@@ -17,7 +17,7 @@ from appliance.engine.engine import Engine
 from appliance.engine.grammar import SchemaCompiler
 from appliance.engine.prompt import ChatTemplate, PromptEncoder
 from appliance.engine.request import Event, Generate, Sink
-from appliance.errors import ApplianceError, BadRequest, EngineBroken, ModelError, ModelNotReady
+from appliance.errors import ApplianceError, BadRequest, EngineBroken, ModelNotReady
 from appliance.messages import NOTES, Chunk, CompletionRequest, Nature
 
 log = logging.getLogger("appliance.local")
@@ -66,7 +66,7 @@ class LocalProvider:
         self.state = "ready"
 
     def use(self, name: str, path: Path, nature: Nature = "model", *, drain_seconds: float = 30.0) -> None:
-        """Swaps the model: drains, unloads, loads; on failure the old one comes back, and ModelError is raised."""
+        """Swaps the model: drains, unloads, loads; on any failure the old one comes back, and the error is raised."""
         old, self._loaded = self._loaded, None
         self.state = f"the model {name} is being loaded"
         if old is not None:
@@ -74,7 +74,7 @@ class LocalProvider:
             old.close()
         try:
             self._loaded = self._open(name, path, nature)
-        except ModelError:
+        except BaseException:
             if old is not None:
                 log.warning("%s does not load; %s comes back", name, old.name)
                 self._loaded = self._open(old.name, old.path, old.nature)
@@ -85,6 +85,11 @@ class LocalProvider:
     def fail(self, reason: str) -> None:
         """There is no usable model; `reason` is told to every caller."""
         self.state = reason.rstrip(".")
+
+    def cut(self) -> None:
+        """Ends every answer that is under way with an error."""
+        if self._loaded:
+            self._loaded.engine.cut()
 
     def drain(self, seconds: float) -> bool:
         return self._loaded is None or self._loaded.engine.drain(seconds)

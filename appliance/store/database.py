@@ -56,10 +56,13 @@ class Store:
         self._lock = threading.Lock()
         self._closed = False
         self.commits = 0
-        self._writer = self._connect()
-        with _translated(path):
-            self._writer.execute("pragma wal_autocheckpoint = 1000")
-            migrations.apply(self._writer)
+        try:
+            self._writer = self._connect()
+            with _translated(path):
+                self._writer.execute("pragma wal_autocheckpoint = 1000")
+                migrations.apply(self._writer)
+        except Unavailable as error:
+            raise DataDirError(f"The data directory {path.parent} cannot be used: {error.message}") from error
         self._thread = threading.Thread(target=self._write_loop, name="store", daemon=True)
         self._thread.start()
 
@@ -150,6 +153,7 @@ class Store:
     def _perform(self, group: list[_Write]) -> None:
         """One transaction; whoever succeeded learns so after the commit."""
         db = self._writer
+        group = [write for write in group if write.done.set_running_or_notify_cancel()]
         results: list[tuple[_Write, Any]] = []
         try:
             with _translated(self.path):

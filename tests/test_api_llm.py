@@ -1,0 +1,53 @@
+"""What a body of `/llm/chat` asks the chat service for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from appliance.api.body import decode
+from appliance.api.llm import ChatBody, completion_request
+from appliance.messages import Caller, CompletionRequest, Message, Sampling
+
+
+def asked(plan: str = "community", **fields: object) -> CompletionRequest:
+    body = {"messages": [{"role": "user", "content": "Hello"}]} | fields
+    caller = Caller("acc_1", "ada", plan, "key_1", "llm")
+    return completion_request(decode(json.dumps(body).encode(), ChatBody), caller, "req_1")
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    request = asked()
+    assert request.messages == (Message("user", "Hello"),)
+    assert request.sampling == Sampling(temperature=0.7, top_k=40, top_p=0.95, min_p=0.05, seed=None)
+    assert (request.max_tokens, request.stop, request.json_schema, request.ignore_eos) == (None, (), None, False)
+    assert (request.account, request.request_id, request.lane) == ("acc_1", "req_1", "interactive")
+
+
+@pytest.mark.parametrize(("plan", "weight"), [("community", 1.0), ("professional", 2.0), ("enterprise", 4.0)])
+def test_the_plan_gives_the_weight(plan: str, weight: float) -> None:
+    assert asked(plan).weight == weight
+
+
+def test_every_field_arrives() -> None:
+    request = asked(temperature=0, top_p=0.5, top_k=3, min_p=0, seed=-7, max_tokens=5, stop="x", ignore_eos=True)
+    assert request.sampling == Sampling(temperature=0, top_p=0.5, top_k=3, min_p=0, seed=-7)
+    assert (request.max_tokens, request.stop, request.ignore_eos) == (5, ("x",), True)
+
+
+def test_null_is_leaving_out() -> None:
+    assert asked(temperature=None, max_tokens=None, stop=None, seed=None, provider=None) == asked()
+
+
+@pytest.mark.parametrize(
+    ("given", "schema"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "schema": {"type": "array"}}, {"type": "array"}),
+        ({"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "array"}}}, {"type": "array"}),
+    ],
+)
+def test_a_response_format_becomes_a_schema(given: object, schema: object) -> None:
+    assert asked(response_format=given).json_schema == schema
