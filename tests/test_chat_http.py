@@ -5,14 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.box import Box, events
+from tests.box import Box, command, environment, events, free_port
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -204,7 +207,9 @@ def test_doubled_keys_are_refused(box: Box) -> None:
             f"POST /llm/chat HTTP/1.1\r\nHost: localhost\r\n{line}{line}Content-Length: {len(body)}\r\n\r\n".encode()
             + body
         )
-        assert s.recv(100).startswith(b"HTTP/1.1 401")
+        answer = s.recv(4_096)
+        assert answer.startswith(b"HTTP/1.1 401") and b"www-authenticate: Bearer" in answer
+        assert b'"error":"Missing or invalid API key","code":"UNAUTHORIZED"' in answer
 
 
 def test_the_scope_is_checked_before_the_body(box: Box) -> None:
@@ -262,6 +267,32 @@ def test_a_client_that_is_gone_frees_its_sequence(box: Box, moment: str) -> None
     assert after["cancelled"] == status["cancelled"] + 1
 
 
+def test_a_client_of_a_whole_answer_that_is_gone_frees_its_sequence(box: Box) -> None:
+    body = json.dumps({"messages": HELLO, "max_tokens": 4_000, "ignore_eos": True}).encode()
+    with socket.create_connection(("127.0.0.1", box.port), timeout=20) as s:
+        head = f"POST /llm/chat HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {box.key}\r\n"
+        s.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: box.ready()["running"] == 1)  # it was held
+    wait_until(lambda: box.ready()["running"] == 0)
+
+
+def test_a_refusal_of_a_stream_is_a_real_status(box: Box, tmp_path: Path) -> None:
+    answer = box.chat("one two three " * 20_000, stream=True)
+    assert (answer.status, answer.json["code"]) == (400, "BAD_REQUEST")
+    with Box.start(tmp_path, "--slots", "1", APPLIANCE_ENGINE__QUEUE_LIMIT="0") as full:
+        with full.stream(max_tokens=6_000, ignore_eos=True):
+            wait_until(lambda: full.ready()["running"] == 1)
+            refused = full.chat(stream=True)
+            assert (refused.status, refused.json["code"]) == (503, "SERVICE_UNAVAILABLE")
+            assert refused.headers["retry-after"] == str(refused.json["retry_after"])
+
+
+def test_only_groq_may_answer_and_there_is_none(box: Box) -> None:
+    refused = box.chat(provider="groq", fallback=False)
+    assert (refused.status, refused.json["code"]) == (503, "SERVICE_UNAVAILABLE") and "Groq" in refused.json["error"]
+    assert box.chat(provider="local", fallback=False).status == 200
+
+
 def test_a_queued_stream_is_pinged(tmp_path: Path) -> None:
     quick = {"APPLIANCE_SERVER__PING_SECONDS": "0.2", "APPLIANCE_SERVER__STREAM_HEADER_HOLD_SECONDS": "0.1"}
     with Box.start(tmp_path, "--slots", "1", **quick) as one_slot:
@@ -297,7 +328,13 @@ def test_sigterm_lets_a_stream_finish_and_refuses_new_work(tmp_path: Path) -> No
     with Box.start(tmp_path) as own, own.stream(max_tokens=600, ignore_eos=True) as s:
         received = s.recv(4_096)
         wait_until(lambda: own.ready()["running"] == 1)
-        own.process.terminate()
+        with socket.create_connection(("127.0.0.1", own.port), timeout=20) as late:
+            late.sendall(b"POST /llm/chat HTTP/1.1\r\nHost: localhost\r\n")  # it is there before the signal
+            time.sleep(0.2)
+            own.process.terminate()
+            time.sleep(0.2)
+            late.sendall(f"Authorization: Bearer {own.key}\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+            assert late.recv(4_096).startswith(b"HTTP/1.1 503")
         while data := s.recv(65_536):
             received += data
         assert b'"done":true' in received  # it really ran on: nothing was cut
@@ -306,26 +343,36 @@ def test_sigterm_lets_a_stream_finish_and_refuses_new_work(tmp_path: Path) -> No
 
 def test_sigterm_ends_within_the_limit_although_a_stream_runs(tmp_path: Path) -> None:
     limit = {"APPLIANCE_SERVER__DRAIN_SECONDS": "0.5"}
-    with Box.start(tmp_path, **limit) as own, own.stream(max_tokens=8_000, ignore_eos=True):
+    with Box.start(tmp_path, **limit) as own, own.stream(max_tokens=8_000, ignore_eos=True) as s:
         wait_until(lambda: own.ready()["running"] == 1)
         started = time.monotonic()
         own.process.terminate()
+        received = b""
+        while data := s.recv(65_536):
+            received += data
         assert own.process.wait(20) == 0
         assert time.monotonic() - started < 0.5 + 2
+        last = events(received)[-1]
+        assert (last["success"], last["code"]) == (False, "SERVICE_UNAVAILABLE"), "a cut stream says so"
 
 
-def test_without_a_usable_model_everything_else_answers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrong", ["truncated", "missing", "differs"])
+def test_without_a_usable_model_everything_else_answers(tmp_path: Path, wrong: str) -> None:
     with Box.start(tmp_path) as own:
         pass
     model = tmp_path / "models" / "tiny.gguf"
-    model.write_bytes(model.read_bytes()[:100_000])
+    data = model.read_bytes()
+    model.unlink()
+    if wrong != "missing":
+        model.write_bytes(data[:100_000] if wrong == "truncated" else data[:-1] + b"x")
+    says = {"truncated": "truncated", "missing": "tiny.gguf", "differs": "SHA-256 differs"}[wrong]
     with Box.serve(tmp_path, key=own.key) as own:
         wait_until(lambda: _answers(own))
-        wait_until(lambda: "truncated" in own.get("/readyz").json["error"])
+        wait_until(lambda: says in own.get("/readyz").json.get("error", ""))
         assert own.get("/readyz").status == 503
         refused = own.chat()
         assert (refused.status, refused.json["code"]) == (503, "SERVICE_UNAVAILABLE")
-        assert "truncated" in refused.json["error"] and str(tmp_path) not in refused.json["error"]
+        assert says in refused.json["error"] and str(tmp_path) not in refused.json["error"]
         assert own.chat(key="oai_" + "b" * 32).status == 401
 
 
@@ -334,3 +381,68 @@ def _answers(box: Box) -> bool:
         return box.get("/healthz").status == 200
     except OSError:
         return False
+
+
+def test_a_port_in_use_and_a_model_by_option(box: Box, tmp_path: Path, tiny_f32_gguf: Path) -> None:
+    with Box.start(tmp_path, "--model", str(tiny_f32_gguf)) as own:
+        assert own.ready()["model"] == "tiny-f32"
+    refused = own.command("serve", "--port", str(box.port), check=False)
+    assert refused.returncode == 6 and len(refused.stderr.strip().splitlines()) == 1 and "--port" in refused.stderr
+
+
+@contextmanager
+def altered(data_dir: Path, change: str, **settings: str) -> Iterator[Box]:
+    """A server whose process runs `change` first: faults that no input can cause."""
+    port, log = free_port(), data_dir / "server.log"
+    words = [sys.executable, "-c", f"{change}\nfrom appliance.cli import main; main()", "serve"]
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [*words, "--data-dir", str(data_dir), "--port", str(port)],
+            stdout=out,
+            stderr=out,
+            env=environment(**settings),
+        )
+    own = Box(data_dir, port, "", process, log)
+    try:
+        wait_until(lambda: _answers(own))
+        yield own
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_broken_engine_ends_the_process_with_its_code(tmp_path: Path) -> None:
+    """The supervisor restarts what exits with 70; here llama.cpp's decode fails for good."""
+    with Box.start(tmp_path) as own:
+        key = own.key
+    fault = "from appliance.engine import model\nmodel.Context.decode = lambda self, n: -3"
+    with altered(tmp_path, fault) as own:
+        own.key = key
+        wait_until(lambda: own.get("/readyz").status == 200)
+        assert own.chat().status == 500
+        assert own.process.wait(30) == 70
+        assert "broke twice" in own.log.read_text()
+
+
+def test_a_load_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    with Box.start(tmp_path):
+        pass
+    slow = "import time\nfrom appliance import app\napp.served_model = lambda catalog, wanted: time.sleep(20)"
+    with altered(tmp_path, slow, APPLIANCE_SERVER__DRAIN_SECONDS="0.5") as own:
+        started = time.monotonic()
+        own.process.terminate()
+        assert own.process.wait(10) == 0
+        assert time.monotonic() - started < 0.5 + 2
+    assert json.loads(command("key", "list", "--json", data_dir=tmp_path).stdout), "the database is whole"
+
+
+CANARY = "canary-c0ffee"
+
+
+def test_no_secret_is_logged(box: Box) -> None:
+    box.chat(CANARY, headers={"X-Secret": CANARY})
+    box.get(f"/healthz?token={CANARY}")
+    master = (box.data_dir / "secrets" / "master.key").read_text().strip()
+    log = box.log.read_text()
+    assert "/llm/chat" in log, "the calls were logged"
+    assert [secret for secret in (CANARY, master, box.key) if secret in log] == []

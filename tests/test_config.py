@@ -226,6 +226,9 @@ def test_a_relative_data_directory_is_made_absolute(tmp_path: Path, monkeypatch:
         ("[server]\ndrain_seconds = inf", "not inf"),
         ("[server]\nallowed_hosts = 'a'", "server.allowed_hosts must be a list of texts"),
         ("[server]\nallowed_hosts = ['a', 1]", "server.allowed_hosts must be a list of texts"),
+        ("[server]\npublic_url = 'http://[::1'", "server.public_url must be an address such as"),
+        ("[server]\npublic_url = 'llm.example.org'", "server.public_url must be an address such as"),
+        ("[server]\nallowed_hosts = ['https://a.example/']", "server.allowed_hosts must be a list of names"),
         ("[server]\ntrusted_proxies = ['proxy']", "server.trusted_proxies must be a list of addresses or networks"),
         (
             "[server]\ntrusted_proxies = ['10.0.0.1/8']",

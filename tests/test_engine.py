@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -277,6 +278,83 @@ def test_a_second_break_ends_the_process_by_name(tiny_gguf: Path) -> None:
         assert fatal.get(timeout=30).exit_code == 70
         with pytest.raises(Draining):
             ask(engine)
+
+
+def test_a_context_that_cannot_be_made_again_ends_the_process_by_name(tiny_gguf: Path) -> None:
+    fatal: queue.SimpleQueue[EngineBroken] = queue.SimpleQueue()
+    codes: list[int] = []
+    make = breaking(codes)
+    made: list[Context] = []
+
+    def once(model: Model, settings: EngineSettings, ids: int, unified: bool) -> Context:
+        if made:
+            raise ModelError("no memory")
+        made.append(make(model, settings, ids, unified))
+        return made[0]
+
+    with running(tiny_gguf, context_factory=once, on_fatal=fatal.put) as engine:
+        _, heard = ask(engine, max_tokens=500)
+        heard.chunk()
+        codes.append(-3)
+        with pytest.raises(InternalError):
+            heard.all()
+        assert fatal.get(timeout=30).exit_code == 70
+
+
+def test_cutting_ends_everybody_with_an_error_and_the_engine_lives(tiny_gguf: Path) -> None:
+    with running(tiny_gguf, replace(SETTINGS, slots=1)) as engine:
+        _, runs = ask(engine, max_tokens=1_500)
+        runs.chunk()
+        _, waits = ask(engine, max_tokens=5)
+        engine.cut()
+        for heard in (runs, waits):
+            with pytest.raises(Draining):
+                heard.all()
+        assert ask(engine, max_tokens=5)[1].all()[-1].finish_reason == "length"
+
+
+def test_without_a_limit_1024_tokens_come(tiny_gguf: Path) -> None:
+    with running(tiny_gguf) as engine:
+        usage = ask(engine, max_tokens=None)[1].all()[-1].usage
+        assert usage is not None and usage.completion_tokens == 1_024
+
+
+def test_rows_drawn_in_parallel_threads_are_those_drawn_one_by_one(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def texts() -> list[str]:
+        with running(tiny_gguf) as engine:
+            sampling = Sampling(temperature=1.0, seed=9)
+            heard = [ask(engine, f"{i} once", max_tokens=40, sampling=sampling)[1] for i in range(4)]
+            return [text_of(h.all()) for h in heard]
+
+    serial = texts()
+    used: list[str] = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers: int, name: str) -> None:
+            super().__init__(workers, name)
+            used.append(name)
+
+    monkeypatch.setattr("appliance.engine.model.physical_cores", lambda: 8)
+    monkeypatch.setattr("appliance.engine.engine.PARALLEL_DRAWS", 2)
+    monkeypatch.setattr("appliance.engine.engine.ThreadPoolExecutor", Pool)
+    assert texts() == serial and used == ["sample"]
+
+
+def test_the_wait_is_estimated_from_what_was_measured(tiny_gguf: Path) -> None:
+    with running(tiny_gguf, replace(SETTINGS, slots=1, queue_seconds=0.3)) as engine:
+        assert engine.expected_wait() == 0.0
+        first, heard = ask(engine, max_tokens=1_900)
+        heard.chunk()
+        engine.metrics.service_seconds = 2.0
+        waits = [ask(engine, max_tokens=5)[1] for _ in range(3)]
+        wait_until(lambda: engine.metrics.waiting == 3)
+        assert engine.expected_wait() == pytest.approx(4 * 2.0, rel=0.01)
+        for number, late in enumerate(waits, 1):
+            with pytest.raises(QueueTimeout, match=f"number {number} in line"):
+                late.chunk()
+        first.cancel()
 
 
 def test_an_exception_in_the_loop_fails_what_ran_and_the_engine_lives(tiny_gguf: Path) -> None:

@@ -167,6 +167,48 @@ def test_a_failing_write_fails_alone(store: Store) -> None:
     assert count(store) == 2
 
 
+def test_a_cancelled_write_is_dropped_and_the_writer_lives(store: Store) -> None:
+    gate = threading.Event()
+    store.write(lambda db: gate.wait(10))
+    dropped = store.write(insert("dropped"))
+    assert dropped.cancel()
+    kept = store.write(insert("kept"))
+    gate.set()
+    kept.result(10)
+    assert count(store) == 1
+
+
+def test_what_must_last_is_synced_and_the_rest_is_not(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def level(db: Any) -> int:
+        return int(db.execute("pragma synchronous").fetchone()[0])
+
+    assert store.write(level, durable=True).result(10) == 2
+    assert store.write(level).result(10) == 1
+    asked: list[bool] = []
+    write = store.write
+
+    def noted(perform: Any, *, durable: bool = False) -> Any:
+        asked.append(durable)
+        return write(perform, durable=durable)
+
+    monkeypatch.setattr(store, "write", noted)
+    account = accounts.create(store, "a", "community")
+    keys.revoke(store, keys.create(store, account.id, "n", "llm", keys.NewKey(b"h" * 32, "", ""), "test").id)
+    assert asked == [True] * 3, "account, key and revocation are on the disk before anybody is told"
+
+
+def test_a_full_disk_fails_the_writes_and_not_the_store(store: Store) -> None:
+    accounts.create(store, "before", "community")
+    pages = store.read(lambda db: db.execute("pragma page_count").fetchone()[0])
+    store.write(lambda db: db.execute(f"pragma max_page_count = {pages}").fetchone()).result(10)
+    with pytest.raises(Unavailable, match="full"):
+        store.write(lambda db: db.execute("create table fat as select randomblob(100000) as x")).result(10)
+    assert count(store) == 1
+    store.write(lambda db: db.execute("pragma max_page_count = 1000000").fetchone()).result(10)
+    accounts.create(store, "after", "community")
+    assert count(store) == 2
+
+
 def test_a_reader_cannot_write(store: Store) -> None:
     with pytest.raises(Unavailable, match="readonly"):
         store.read(insert("no"))
