@@ -22,6 +22,7 @@ from appliance.engine.engine import Engine
 from appliance.engine.grammar import SchemaCompiler
 from appliance.engine.model import Context, Model
 from appliance.engine.request import Event, Generate, Ticket
+from appliance.engine.sequence import Sequence
 from appliance.errors import (
     ApplianceError,
     BadRequest,
@@ -299,6 +300,25 @@ def test_a_context_that_cannot_be_made_again_ends_the_process_by_name(tiny_gguf:
         with pytest.raises(InternalError):
             heard.all()
         assert fatal.get(timeout=30).exit_code == 70
+
+
+def test_a_choice_that_fails_takes_its_siblings_along_and_nobody_else(tiny_gguf: Path) -> None:
+    """The second choice would be computed in the same step, after the first has failed."""
+    spoilt: list[Sequence] = []
+
+    def spoil(sequence: Sequence, row: NDArray[np.float32]) -> None:
+        if sequence.account == "spoilt" and sequence.length > sequence.n_prompt + 3:
+            spoilt.append(sequence)
+            row[:] = np.nan
+
+    with running(tiny_gguf, replace(SETTINGS, slots=2), observer=spoil) as engine:
+        _, other = ask(engine, "Somebody else", account="other", max_tokens=60)
+        _, heard = ask(engine, account="spoilt", max_tokens=50, n=2)
+        with pytest.raises(InternalError):
+            heard.all(2)
+        assert spoilt and other.all()[-1].finish_reason == "length"
+        _, again = ask(engine, account="fine", max_tokens=5)
+        assert again.all()[-1].finish_reason == "length"
 
 
 def test_cutting_ends_everybody_with_an_error_and_the_engine_lives(tiny_gguf: Path) -> None:

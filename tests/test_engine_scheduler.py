@@ -412,6 +412,91 @@ def test_of_prefixes_that_are_nearly_alike_one_is_parked() -> None:
     assert another.cached_tokens == 200
 
 
+def finished(sim: Simulator, *sequences: Sequence) -> None:
+    sim.scheduler.submit(list(sequences))
+    sim.run(list(sequences))
+
+
+def test_what_main_memory_cannot_take_stays_where_it_is() -> None:
+    sim = Simulator(replace(UNIFIED, capacity=2_000, per_sequence=2_000, parked=100, park_after=16))
+    long = sequence(prompt(300))
+    finished(sim, long)
+    finished(sim, sequence(prompt(40, 900), new=60, account="b"))
+    assert long.account in {p.namespace for p in sim.scheduler.retained.values()}, "there was room for it"
+    again = sequence(np.concatenate([long.tokens, ints(1, 2)]))
+    finished(sim, again)
+    assert again.cached_tokens > 290
+
+
+def test_a_parked_prefix_that_has_no_room_does_not_block_who_fits_without_it() -> None:
+    sim = Simulator(replace(UNIFIED, capacity=500, per_sequence=500, parked=1_000))
+    finished(sim, sequence(prompt(300)))
+    sim.scheduler._evict_all()
+    neighbour = sequence(prompt(200, 900), new=200, account="b")
+    sim.scheduler.submit([neighbour])
+    sim.step()
+    waiter = sequence(prompt(100), new=4)
+    sim.scheduler.submit([waiter])
+    for _ in range(8):
+        sim.step()
+    assert waiter.status is not Status.WAITING and neighbour.status is Status.RUNNING
+    sim.run([waiter, neighbour])
+
+
+def test_a_prefix_is_parked_although_an_unusable_one_begins_alike() -> None:
+    sim = Simulator(replace(UNIFIED, capacity=4_000, per_sequence=4_000, parked=4_000, batch=4_000))
+    finished(sim, sequence(prompt(1_000)))
+    sim.scheduler._evict_all()
+    short = sequence(np.concatenate([prompt(200), prompt(10, 9_000)]))
+    finished(sim, short)
+    sim.scheduler._evict_all()
+    again = sequence(np.concatenate([short.tokens, ints(1)]))
+    finished(sim, again)
+    assert again.cached_tokens >= 210
+
+
+def test_a_burst_brings_a_parked_prefix_back_once() -> None:
+    sim = Simulator(replace(UNIFIED, capacity=4_000, per_sequence=4_000, parked=4_000, batch=4_000))
+    finished(sim, sequence(prompt(400)))
+    sim.scheduler._evict_all()
+    finished(sim, *(sequence(np.concatenate([prompt(400), prompt(5, 1_000 * i)])) for i in range(1, 4)))
+    assert sim.restored == 1
+
+
+def test_in_streams_a_short_match_does_not_cost_a_long_chat_its_prefix() -> None:
+    sim = Simulator(replace(SPLIT, capacity=4_000, per_sequence=1_000))
+    long = sequence(prompt(300), own_prefix=20)
+    finished(sim, long)
+    finished(sim, sequence(np.concatenate([prompt(20), prompt(20, 900)]), account="b", own_prefix=20))
+    again = sequence(np.concatenate([long.tokens, ints(1)]))
+    finished(sim, again)
+    assert again.cached_tokens > 290
+
+
+def test_with_a_sliding_window_only_whole_prefixes_are_taken() -> None:
+    sim = Simulator(replace(UNIFIED, capacity=2_000, per_sequence=2_000, window=100))
+    long = sequence(prompt(300))
+    finished(sim, long)
+    part = sequence(np.concatenate([prompt(200), ints(7, 7)]))
+    finished(sim, part)
+    assert part.cached_tokens == 0, "what has left the window may be gone"
+    whole = sequence(np.concatenate([long.tokens[: long.length - 1], ints(8)]))
+    finished(sim, whole)
+    assert whole.cached_tokens == long.length - 1
+
+
+def test_after_a_rebuild_nobody_has_waited_too_long() -> None:
+    sim = Simulator(UNIFIED)
+    one = sequence(prompt(30), new=30, deadline=5.0)
+    sim.scheduler.submit([one])
+    sim.step()
+    sim.now = 50.0
+    sim.scheduler.reset()
+    sim.cache.clear()
+    assert sim.step().expired == []
+    sim.run([one])
+
+
 def test_the_least_recently_used_leaves_main_memory_first() -> None:
     parking = Parking(100)
     first, second = (parking.put(Prefix("a", prompt(40))) for _ in range(2))

@@ -36,7 +36,7 @@ from appliance.engine.scheduler import (
     Slice,
     Truncate,
 )
-from appliance.engine.sequence import Sequence
+from appliance.engine.sequence import Sequence, Status
 from appliance.errors import (
     ApplianceError,
     BadRequest,
@@ -161,6 +161,7 @@ class Engine:
             self._thread.join()
         if self._pool:
             self._pool.shutdown()
+        self._parked.clear()
         self._context.close()
         self.model.close()
 
@@ -219,9 +220,17 @@ class Engine:
             # ride along with the prompts' pass over the weights. A CPU's attention computes whole tiles from 64 rows
             # on, masked or not: 32 decodes with 64 prompt tokens took 343 ms in one call, and 211 ms in two.
             mixed=self._unified and self._on_gpu,
+            window=self.model.window,
             park_after=GPU_PARK_AFTER if self._on_gpu else CPU_PARK_AFTER,
-            parked=self.settings.parked_mb * 2**20 * context.n_ctx // max(1, context.buffers.get("kv", 0)),
+            parks=1 if self._on_gpu else self._ids,  # every run of cells in every layer waits for the GPU once
+            parked=self._parking_room(context),
         )
+
+    def _parking_room(self, context: Context) -> int:
+        """Tokens that main memory takes."""
+        if self._on_gpu and self.settings.flash_attention == "off":
+            return 0  # V lies transposed, and would travel number by number
+        return self.settings.parked_mb * 2**20 * context.n_ctx // max(1, context.buffers.get("kv", 0))
 
     def _sequence(self, request: Generate, limit: int, now: float) -> Sequence:
         return Sequence(
@@ -266,8 +275,11 @@ class Engine:
             self._lose_cache()
             return True
         for call in step.calls:
-            if not self._compute(call):
+            # Whose request has failed meanwhile, as the other choice of an answer, is not computed any more.
+            alive = [part for part in call if part.sequence.status is Status.RUNNING]
+            if alive and not self._compute(alive):
                 break
+            self._measure()
             self._publish()  # the decodes' tokens do not wait for the prompts
         self._measure()
         self._publish()
@@ -451,10 +463,10 @@ class Engine:
             self._drop(sequence)
         ticket.choices.clear()
 
-    def _drop(self, sequence: Sequence) -> None:
+    def _drop(self, sequence: Sequence, *, retain: bool = True) -> None:
         """The sequence leaves the engine; what it computed stays as a prefix."""
         if self._tickets.pop(sequence, None):
-            self._scheduler.finish(sequence)
+            self._scheduler.finish(sequence, retain=retain)
 
     def _fail(self, sequence: Sequence, error: ApplianceError) -> None:
         """Ends the whole request of `sequence` with `error`; others are not touched."""
@@ -462,7 +474,7 @@ class Engine:
         if ticket is None:
             return
         for one in list(ticket.choices):
-            self._drop(one)
+            self._drop(one, retain=not isinstance(error, InternalError))  # whose cells may be what is wrong
         ticket.choices.clear()
         self.metrics.failed += 1
         self._outbox.append((ticket.sink, error))
@@ -493,6 +505,8 @@ class Engine:
             self._dispatch(batch)
         if not self._tickets and not self._inbox:
             self._idle.set()
+            if self._inbox:  # somebody has come between the two
+                self._idle.clear()
 
     def _measure(self) -> None:
         scheduler, metrics = self._scheduler, self.metrics
@@ -519,7 +533,7 @@ class Engine:
 
     def _isolate(self, call: list[Slice]) -> None:
         """llama.cpp refused the batch and restored its state: a sequence out of step with the cache fails alone."""
-        guilty = [p for p in call if self._context.length(p.sequence.slot) != p.start]
+        guilty = [p for p in call if p.sequence.slot < 0 or self._context.length(p.sequence.slot) != p.start]
         log.error("an invalid batch; sequences out of step: %s", guilty)
         error = InternalError("The answer could not be continued.")
         self._fail_call(guilty or call, error)

@@ -122,6 +122,7 @@ class Model:
         self.add_bos = bool(lib.llama_vocab_get_add_bos(self._vocab))
         self.n_ctx_train = int(lib.llama_model_n_ctx_train(handle))
         self.can_share = not (lib.llama_model_is_recurrent(handle) or lib.llama_model_is_hybrid(handle))
+        self.window = int(lib.llama_model_n_swa(handle))  # of sliding-window attention; 0 without
         self.token_bytes = [self._piece(t) for t in range(self.n_tokens)]
         self.longest_piece = max(map(len, self.token_bytes))
 
@@ -214,7 +215,9 @@ class Context:
         params.flash_attn_type = FLASH_ATTENTION[settings.flash_attention]
         params.type_k = params.type_v = KV_TYPES[settings.kv_type]
         params.kv_unified = unified
-        params.swa_full = True  # a windowed cache forgets cells, and could then neither share nor truncate
+        params.swa_full = True  # else a windowed cache keeps nothing beyond its window; see also `Limits.window`
+        for kind in ("kv", "compute", "output"):
+            _log.buffers.pop(kind, None)  # of a context before this one
         handle = lib.llama_init_from_model(model.handle, params)
         if not handle:
             raise ModelError(

@@ -43,8 +43,10 @@ class Limits:
     ubatch: int
     queue: int
     can_share: bool = True  # recurrent models keep no cells: nothing to share or to retain
+    window: int = 0  # of sliding-window attention; cells that have left it may be gone
     parked: int = 0  # tokens that main memory takes
     park_after: int = 16  # rows of others that a retained prefix may cost attention
+    parks: int = 256  # most prefixes that are parked for that in one step
     mixed: bool = False  # decodes and prompts share a call, see `Engine._limits`
 
 
@@ -163,6 +165,7 @@ class Scheduler:
         """The context was rebuilt empty: everything that ran waits again, in its old order. Nothing is parked."""
         for sequence in reversed(self.running):
             sequence.status, sequence.computed, sequence.slot = Status.WAITING, 0, -1
+            sequence.times_preempted += 1
             self.line.put_back(sequence)
         self.running.clear()
         self.retained.clear()
@@ -238,14 +241,14 @@ class Scheduler:
                     break
 
     def _try_admit(self, sequence: Sequence, now: float, displaced: set[Sequence]) -> bool:
-        source, shared = self._best_prefix(sequence)
+        source, shared = self._source(sequence)
         if not (self.idle_slots and self._fits(sequence, source, shared)):
             victim = self._fairness_victim(sequence)
             if victim is None:
                 return False
             self.preempt(victim)
             displaced.add(victim)
-            source, shared = self._best_prefix(sequence)  # the victim may be the source, and is retained now
+            source, shared = self._source(sequence)  # the victim may be it, and is retained now
             if not self._fits(sequence, source, shared):
                 return False
         self.line.take(sequence)
@@ -258,17 +261,32 @@ class Scheduler:
             self.line.charge(sequence, PROMPT_COST * (sequence.n_prompt - shared))
         return True
 
-    def _best_prefix(self, sequence: Sequence) -> tuple[int, int]:
+    def _source(self, sequence: Sequence) -> tuple[int, int]:
+        """The best prefix that there is room for: a parked one comes back whole."""
+        source, shared = self._best_prefix(sequence)
+        if source in self.parking and not self._fits(sequence, source, shared):
+            return self._best_prefix(sequence, parked=False)
+        return source, shared
+
+    def _best_prefix(self, sequence: Sequence, *, parked: bool = True) -> tuple[int, int]:
         """Holder and length of the longest computed common prefix; at least the last token is left to compute."""
-        best_id, best = NOBODY, 0
+        best_id, best, best_worth = NOBODY, 0, 0
         for holder, matched in self._matches(sequence):
-            parked = holder in self.parking
-            length = self.parking.length(holder) if parked else self.cells.length(holder)
+            is_parked = holder in self.parking
+            length = self.parking.length(holder) if is_parked else self.cells.length(holder)
             available = min(matched, length, sequence.length - 1)
-            gain = RETAIN_AT_LEAST if parked else 1
-            if available >= best + gain and (not parked or available * WHOLE >= length):
-                best_id, best = holder, available
+            if is_parked and not (parked and self._is_of_use(available, holder)):
+                continue
+            if self.limits.window and length >= self.limits.window and available < length:
+                continue  # of what has left the window, nothing can be taken
+            worth = available - (RETAIN_AT_LEAST if is_parked else 0)  # bringing it back costs a little
+            if worth > best_worth:
+                best_id, best, best_worth = holder, available, worth
         return best_id, best
+
+    def _is_of_use(self, matched: int, number: int) -> bool:
+        """Whether so much of a parked prefix is worth bringing back the whole."""
+        return matched * WHOLE >= self.parking.length(number)
 
     def _matches(self, sequence: Sequence) -> list[tuple[int, int]]:
         if not self.limits.can_share:
@@ -311,7 +329,8 @@ class Scheduler:
         if source in self.retained:
             self.retained.move_to_end(source)
             self.retained[source].rows = 0
-        if source in self.retained and (not self.limits.unified or shared == self.cells.length(source)):
+        whole = source in self.retained and shared == self.cells.length(source)
+        if whole or (source in self.retained and not self.limits.unified and not self._free_ids):
             self._take_over(sequence, source, shared)
         else:
             sequence.slot = self._take_id(keep=source)
@@ -361,8 +380,8 @@ class Scheduler:
             if self.retained:
                 self._evict()
             elif (victim := self._victim()) is not None and len(self.running) > 1:
-                self.preempt(victim)
                 needed -= victim.pending == 1
+                self.preempt(victim)
             else:
                 return
 
@@ -416,10 +435,11 @@ class Scheduler:
         """In one pool every row of a step looks at every cell: whatever has cost that much too often is parked."""
         if not self.limits.unified:
             return
-        for slot, prefix in list(self.retained.items()):
+        for prefix in self.retained.values():
             prefix.rows += rows
-            if prefix.rows > self.limits.park_after:
-                self._evict(slot)
+        costly = (s for s, p in self.retained.items() if p.rows > self.limits.park_after and self.parking.takes(p))
+        for slot in list(islice(costly, self.limits.parks)):
+            self._evict(slot)
 
     def _evict(self, slot: int | None = None) -> None:
         """A retained prefix, the least recently used one by default, leaves the cache: for main memory if it may."""
@@ -436,8 +456,11 @@ class Scheduler:
 
     def _own_tokens(self, prefix: Prefix, slot: int) -> int:
         """Tokens of a retained prefix beyond the longest beginning that somebody else holds, too."""
-        found = self._index.match(prefix.namespace, prefix.tokens)
-        return len(prefix.tokens) - max((matched for holder, matched in found if holder != slot), default=0)
+        longest = 0
+        for holder, matched in self._index.match(prefix.namespace, prefix.tokens):
+            if holder != slot and (holder not in self.parking or self._is_of_use(matched, holder)):
+                longest = max(longest, matched)
+        return len(prefix.tokens) - longest
 
     def _drop(self, slot: int) -> None:
         """A retained prefix is gone for good."""
