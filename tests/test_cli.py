@@ -26,6 +26,7 @@ from click.testing import CliRunner, Result
 
 from appliance import __version__, cli, config, errors, installation
 from appliance.config import Config
+from appliance.gguf import Writer
 from appliance.store.keyfile import ENVIRONMENT
 from appliance.store.lock import DataDirLock
 from tests.box import APPLIANCE, Box, choose_tiny, command, environment
@@ -717,7 +718,9 @@ def test_commands_reach_a_server_whose_path_is_too_long_for_a_socket(template: P
 def test_models_are_swapped_in_the_running_server(template: Path, tmp_path: Path, tiny_f32_gguf: Path) -> None:
     data = Path(shutil.copytree(template, tmp_path / "data"))
     bad = tmp_path / "bad.gguf"
-    with Box.serve(data) as running:
+    words = ["key", "create", "--account", "default", "--name", "n", "--scope", "full", "--json"]
+    key = json.loads(command(*words, data_dir=data).stdout)
+    with Box.serve(data, key=key["key"]) as running:
         running.wait_ready()
         running.command("models", "add", str(tiny_f32_gguf), "--name", "second")
         running.command("models", "use", "second")
@@ -728,6 +731,18 @@ def test_models_are_swapped_in_the_running_server(template: Path, tmp_path: Path
         refused = running.command("models", "use", "bad", check=False)
         assert refused.returncode == 9 and "truncated" in refused.stderr
         assert running.ready()["model"] == "second"
+        writer = Writer(tmp_path / "odd.gguf")  # whole, but of no architecture that llama.cpp knows
+        writer.string("general.architecture", "nonsense")
+        writer.write()
+        running.command("models", "add", str(tmp_path / "odd.gguf"))
+        with running.stream(max_tokens=300, ignore_eos=True) as s:
+            received = s.recv(4_096)
+            refused = running.command("models", "use", "odd", check=False)
+            while data_part := s.recv(65_536):
+                received += data_part
+        assert refused.returncode == 9 and "cannot load" in refused.stderr
+        assert b'"done":true' in received, "what ran was drained first"
+        assert running.ready()["model"] == "second", "the old model came back"
     chosen = json.loads(command("models", "list", "--json", data_dir=data).stdout)
     assert [m["name"] for m in chosen if m["chosen"]] == ["second"]
 
