@@ -120,7 +120,7 @@ class EngineSettings:
     )
     inter_token_ms: int = setting(200, "goal for the gap between two tokens while prompts are read", low=5, high=10_000)
     parked_mb: int = setting(
-        2_048, "main memory for prompts that left the KV cache, MB; 0: they are computed again", low=0, high=16_777_216
+        512, "main memory for prompts that left the KV cache, MB; 0: they are computed again", low=0, high=16_777_216
     )
     queue_limit: int = setting(256, "requests that may wait", low=0, high=100_000)
     queue_seconds: float = setting(120.0, "a request waits at most", low=0.1, high=3_600)

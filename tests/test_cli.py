@@ -226,7 +226,12 @@ def test_without_the_built_in_guide_a_placeholder_stands_in(tmp_path: Path, monk
     monkeypatch.setattr(installation, "GUIDE", tmp_path / "not-shipped.gguf")
     assert listed(tmp_path / "data", "init")["created"]
     [model] = listed(tmp_path / "data", "models", "list")
-    assert (model["name"], model["chosen"], model["placeholder"], model["guide"]) == ("tiny", True, True, False)
+    assert (model["name"], model["chosen"], model["placeholder"], model["guide"]) == (
+        "tiny-placeholder",
+        True,
+        True,
+        False,
+    )
 
 
 def test_a_damaged_built_in_guide_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -738,8 +743,9 @@ def test_models_are_swapped_in_the_running_server(template: Path, tmp_path: Path
         with running.stream(max_tokens=300, ignore_eos=True) as s:
             received = s.recv(4_096)
             refused = running.command("models", "use", "odd", check=False)
-            while data_part := s.recv(65_536):
-                received += data_part
+            while b'"done":true' not in received:
+                assert (more := s.recv(65_536)), "the connection ended first"
+                received += more
         assert refused.returncode == 9 and "cannot load" in refused.stderr
         assert b'"done":true' in received, "what ran was drained first"
         assert running.ready()["model"] == "second", "the old model came back"

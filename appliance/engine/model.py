@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import os
 import re
 import threading
@@ -286,7 +287,7 @@ class Context:
     def save(self, sequence: int) -> NDArray[np.uint8]:
         """The cells of `sequence` as bytes, for `load` into this context."""
         size = int(lib.llama_state_seq_get_size(self.handle, sequence))
-        state = np.empty(size, np.uint8)
+        state = np.frombuffer(mmap.mmap(-1, size), np.uint8)  # so that what is forgotten goes back to the system
         written = lib.llama_state_seq_get_data(self.handle, state.ctypes.data_as(_BYTES), size, sequence)
         return state[:written]
 

@@ -61,11 +61,11 @@ class Corpus:
     def conversation(self, draw: random.Random) -> Turns:
         """One example: a question or a dialogue, with its answers."""
         kind = draw.random()
-        if kind < 0.58:
+        if kind < 0.68:
             turns = self._single(draw)
-        elif kind < 0.80:
+        elif kind < 0.82:
             turns = self._foreign(draw)
-        elif kind < 0.95:
+        elif kind < 0.96:
             turns = self._dialogue(draw)
         else:  # a second question that has nothing to do with the first
             turns = self._single(draw) + (self._foreign(draw) if draw.random() < 0.3 else self._single(draw))
