@@ -25,7 +25,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from appliance import __version__, cli, config, errors, installation
-from appliance.config import Config
+from appliance.config import CHECKOUT, Config
 from appliance.gguf import Writer
 from appliance.store.keyfile import ENVIRONMENT
 from appliance.store.lock import DataDirLock
@@ -412,6 +412,33 @@ def test_a_bad_backup_changes_nothing(data: Path, tmp_path: Path) -> None:
 
 
 # ── who holds the directory ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_a_data_directory_that_is_read_only_is_one_sentence_and_seven(data: Path) -> None:
+    """In a place that everybody may reach, as root's own temporary directories are not."""
+    theirs = Path("/tmp") / f"appliance-test-{os.getpid()}"
+    shutil.copytree(data, theirs)
+    try:
+        for path in (theirs, *theirs.rglob("*")):
+            os.chown(path, 65_534, 65_534)
+            path.chmod((0o500 if path.is_dir() else 0o400) | (0o200 if path.name == "lock" else 0))
+        act = "import os, sys; from appliance.cli import main; os.setuid(65534); sys.argv[1:] = ['key', 'list']; main()"
+        environ = environment(APPLIANCE_DATA_DIR=str(theirs), PYTHONPATH=str(CHECKOUT))
+        done = subprocess.run([sys.executable, "-c", act], env=environ, capture_output=True, text=True, timeout=60)
+    finally:
+        shutil.rmtree(theirs)
+    assert done.returncode == 7 and str(theirs) in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_init_waits_for_a_command_to_end(data: Path) -> None:
+    lock = DataDirLock(data)
+    lock.acquire()
+    release = threading.Timer(0.6, lock.release)
+    release.start()
+    assert listed(data, "init") == {"created": False}
+    release.join()
 
 
 def test_a_command_waits_for_another_one_to_end(data: Path) -> None:

@@ -638,7 +638,7 @@ def test_tls_serves_and_refuses_in_the_same_shape(tmp_path: Path) -> None:
         assert "Traceback" not in own.log.read_text()
 
 
-@pytest.mark.parametrize("fault", ["missing", "rubbish", "no key", "other key", "encrypted key"])
+@pytest.mark.parametrize("fault", ["missing", "rubbish", "no key", "other key", "encrypted key", "open to others"])
 def test_bad_tls_files_are_one_sentence(tmp_path: Path, fault: str) -> None:
     settings = with_certificate(tmp_path)
     cert, key = Path(settings["tls_cert"]), Path(settings["tls_key"])
@@ -648,6 +648,8 @@ def test_bad_tls_files_are_one_sentence(tmp_path: Path, fault: str) -> None:
         cert.write_text("rubbish")
     elif fault == "no key":
         settings["tls_key"] = ""
+    elif fault == "open to others":
+        key.chmod(0o640)
     elif fault == "other key":
         key.write_bytes(tls.self_signed(tmp_path / "other").key.read_bytes())
     else:
