@@ -34,7 +34,7 @@ from scripts.guide.tokens import VOCABULARY, Tokens, learnt
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "models" / "appliance-guide.gguf"
 SEED = 20_261_124
-STEPS = 1_800
+STEPS = 2_620
 EXAMPLES = 48  # of a step
 RATE = 2.5e-3
 WARM_UP = 0.03  # share of the steps
