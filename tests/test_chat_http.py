@@ -207,7 +207,9 @@ def test_doubled_keys_are_refused(box: Box) -> None:
             f"POST /llm/chat HTTP/1.1\r\nHost: localhost\r\n{line}{line}Content-Length: {len(body)}\r\n\r\n".encode()
             + body
         )
-        answer = s.recv(4_096)
+        answer = b""
+        while b"request_id" not in answer:
+            answer += s.recv(4_096)
         assert answer.startswith(b"HTTP/1.1 401") and b"www-authenticate: Bearer" in answer
         assert b'"error":"Missing or invalid API key","code":"UNAUTHORIZED"' in answer
 
