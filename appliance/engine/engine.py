@@ -279,8 +279,9 @@ class Engine:
             alive = [part for part in call if part.sequence.status is Status.RUNNING]
             if alive and not self._compute(alive):
                 break
-            self._measure()
-            self._publish()  # the decodes' tokens do not wait for the prompts
+            if call is not step.calls[-1]:  # the decodes' tokens do not wait for the prompts
+                self._measure()
+                self._publish()
         self._measure()
         self._publish()
         return bool(step.calls)
