@@ -15,8 +15,9 @@ from appliance.access import keys as key_form
 from appliance.access.keyring import Entry, KeyRing
 from appliance.catalog import Catalog, Model
 from appliance.errors import BadRequest, ModelError, NotFound
-from appliance.store import accounts, backup, keys
+from appliance.store import accounts, audit, backup, keys
 from appliance.store.database import Store
+from appliance.store.ids import COMMAND_LINE
 from appliance.store.keyfile import MasterKey
 
 
@@ -33,6 +34,10 @@ class Administration:
         """The keyring holds what the store says."""
         self.keyring.replace(Entry(digest, caller, expires) for digest, caller, expires in keys.valid(self.store))
 
+    def record(self, what: str, **about: str | int | None) -> None:
+        """For acts outside the database, after they are done; the others record themselves."""
+        self.store.write(lambda db: audit.record(db, COMMAND_LINE, what, **about), durable=True).result()
+
     def account_create(self, name: str, plan: str, email: str | None = None) -> dict[str, Any]:
         return asdict(accounts.create(self.store, name, plan, email))
 
@@ -43,7 +48,7 @@ class Administration:
         """The only answer that ever holds the key itself."""
         raw = key_form.generate()
         new = keys.NewKey(key_form.digest(raw), *key_form.display(raw))
-        made = keys.create(self.store, accounts.by_name(self.store, account).id, name, scope, new, "command line")
+        made = keys.create(self.store, accounts.by_name(self.store, account).id, name, scope, new, COMMAND_LINE)
         self.reload_keys()
         return {"key": raw, **asdict(made)}
 
@@ -64,13 +69,16 @@ class Administration:
     def models_use(self, name: str) -> dict[str, Any]:
         """Chooses the model that the next start loads."""
         self.catalog.resolve(name)
-        return described(self.catalog.choose(name))
+        chosen = self.catalog.choose(name)
+        self.record("models.use", name=chosen.name, sha256=chosen.sha256)
+        return described(chosen)
 
     def models_verify(self, name: str | None = None) -> list[dict[str, Any]]:
         return [{"name": v.model.name, "good": v.good, "problem": v.problem} for v in self.catalog.verify(name)]
 
     def backup(self, file: str) -> dict[str, Any]:
         report = backup.backup(self.store, Path(file), self.master_key)
+        self.record("backup", bytes=report.bytes)
         return {"path": str(report.path), "bytes": report.bytes, "tables": report.tables}
 
 

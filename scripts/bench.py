@@ -28,7 +28,7 @@ from scripts.benchlib.run import Run, say
 from scripts.benchlib.servers import Setup
 
 Scenario = Callable[[Run], Awaitable[None]]
-NAMES = ("throughput", "shared-prefix", "intruder", "fairness", "host-time", "idle", "memory", "ready")
+NAMES = ("throughput", "shared-prefix", "intruder", "fairness", "host-time", "idle", "memory", "ready", "guide")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,6 +107,7 @@ def scenarios(streams: Sequence[int]) -> dict[str, Scenario]:
         alone.idle,
         alone.memory,
         alone.start,
+        alone.guide,
     )
     return dict(zip(NAMES, chosen, strict=True))
 

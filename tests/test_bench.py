@@ -651,6 +651,14 @@ def rows_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str, only: st
     return {row["what"]: row for row in json.loads(out.read_text())["rows"]}
 
 
+def test_the_built_in_guide_is_measured_whatever_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of(tmp_path, monkeypatch, "fair", "guide")
+    assert rows["1 stream"]["ours"]["count"] == 1 and rows["1 stream"]["ours"]["median"] > 1
+    assert 5 < rows["the whole server, resident"]["ours"]["median"] < 350
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert "appliance-guide.gguf" in written["commands"]["guide: appliance"]
+
+
 @pytest.mark.parametrize(("role", "verdict"), [("fair", "met"), ("unfair", "missed")])
 def test_fairness_tells_a_fair_server_from_one_that_serves_whoever_came_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str, verdict: str

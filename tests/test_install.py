@@ -391,6 +391,10 @@ SYSTEMCTL = """echo "$@" >>"{log}"
 case $1 in
     is-system-running) echo running ;;
     restart)
+        if [[ -f "{pid}" ]]; then
+            kill -TERM "$(<"{pid}")"
+            tail --pid="$(<"{pid}")" -f /dev/null
+        fi
         command=$(sed -n 's/^ExecStart=//p' "$APPLIANCE_UNIT_FILE")
         eval "exec $command" </dev/null >/dev/null 2>&1 &
         echo $! >"{pid}" ;;
@@ -416,6 +420,16 @@ def test_service_is_written_enabled_started_and_removed(box: Box) -> None:
         assert printed_secrets(done.stdout)["key"] in done.stdout.split("curl")[1]
         unit = Path(box.environment()["APPLIANCE_UNIT_FILE"])
         assert f'"--port" "{port}"' in unit.read_text()
+        kept = unit.read_text().replace("[Service]", "[Service]\n# a line of the administrator's")
+        unit.write_text(kept)
+        again = box.install("--service", "--cpu")
+        assert again.returncode == 0, again.stderr
+        assert unit.read_text() == kept and "is kept as it is" in again.stderr
+        assert printed_secrets(again.stdout) == {}, "no second key"
+        other = str(free_port())
+        assert box.install("--service", "--cpu", "--port", other).returncode == 0
+        assert f'"--port" "{other}"' in unit.read_text()
+        assert unit.with_name("appliance.service.old").read_text() == kept
     finally:
         if pid.exists():
             os.kill(int(pid.read_text()), signal.SIGKILL)

@@ -175,6 +175,7 @@ class Engine:
             "kv_cells": self._context.n_ctx,
             "largest_prompt": self.largest_prompt,
             "model_bytes": self.model.size,
+            "weights_bytes": self.model.loaded_bytes,
             "kv_bytes": buffers.get("kv", 0),
             "parked_bytes": self.metrics.parked_tokens * buffers.get("kv", 0) // self._context.n_ctx,
             "compute_bytes": buffers.get("compute", 0) + buffers.get("output", 0),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Protocol, cast
@@ -81,7 +81,7 @@ class Vocabulary(Protocol):
     @property
     def n_tokens(self) -> int: ...
     @property
-    def token_bytes(self) -> list[bytes]: ...
+    def token_bytes(self) -> Sequence[bytes]: ...
     @property
     def end_tokens(self) -> NDArray[np.int64]: ...
     @property

@@ -12,10 +12,11 @@ import mmap
 import os
 import re
 import threading
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from llama_cpp import __version__ as binding_version
@@ -83,6 +84,16 @@ def physical_cores() -> int:
     return len(cores)
 
 
+def _anonymous_bytes() -> int:
+    """Resident memory of this process that no file backs; 0 where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1_024 if found else 0
+
+
 def describe_backend() -> dict[str, str | bool]:
     """Versions and abilities of the llama.cpp build."""
     return {
@@ -90,6 +101,32 @@ def describe_backend() -> dict[str, str | bool]:
         "gpu_offload": bool(lib.llama_supports_gpu_offload()),
         "system": lib.llama_print_system_info().decode("utf-8", "replace").strip(),
     }
+
+
+class Pieces(Sequence[bytes]):
+    """Short texts by number, end to end in one: 128,000 objects of their own would take ten times the memory."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._ends = array("I", [0])
+        text = bytearray()
+        for piece in pieces:
+            text += piece
+            self._ends.append(len(text))
+        self._text = bytes(text)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, number: int) -> bytes: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[bytes]: ...
+    def __getitem__(self, number: int | slice) -> bytes | list[bytes]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self._text[self._ends[number] : self._ends[number + 1]]
 
 
 class Model:
@@ -109,7 +146,10 @@ class Model:
         if settings.tensor_split:
             shares = (ctypes.c_float * MOST_DEVICES)(*settings.tensor_split)  # llama.cpp reads one per device
             params.tensor_split = ctypes.cast(shares, ctypes.POINTER(ctypes.c_float))
+        before = _anonymous_bytes()
         handle = lib.llama_model_load_from_file(os.fsencode(path), params)
+        self.loaded_bytes = max(0, _anonymous_bytes() - before)
+        """Main memory that llama.cpp took for it beside the mapped file: repacked weights, tables of the vocabulary."""
         if not handle:
             raise ModelError(f"llama.cpp cannot load {path}: the file is damaged or its architecture is not supported.")
         self.handle: Any = handle
@@ -124,7 +164,7 @@ class Model:
         self.n_ctx_train = int(lib.llama_model_n_ctx_train(handle))
         self.can_share = not (lib.llama_model_is_recurrent(handle) or lib.llama_model_is_hybrid(handle))
         self.window = int(lib.llama_model_n_swa(handle))  # of sliding-window attention; 0 without
-        self.token_bytes = [self._piece(t) for t in range(self.n_tokens)]
+        self.token_bytes = Pieces(map(self._piece, range(self.n_tokens)))
         self.longest_piece = max(map(len, self.token_bytes))
 
     def close(self) -> None:

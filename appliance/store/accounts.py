@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from appliance.errors import BadRequest, Conflict, NotFound
+from appliance.store import audit
 from appliance.store.database import Store
-from appliance.store.ids import checked_name, new_id, now
+from appliance.store.ids import COMMAND_LINE, checked_name, new_id, now
 
 PLAN_NAMES = ("community", "professional", "enterprise")
 
@@ -24,7 +25,7 @@ class Account:
     disabled: int | None
 
 
-def create(store: Store, name: str, plan: str, email: str | None = None) -> Account:
+def create(store: Store, name: str, plan: str, email: str | None = None, *, by: str = COMMAND_LINE) -> Account:
     """A new account, durable when it returns. Raises BadRequest, or Conflict for a name that is taken."""
     account = Account(new_id("acc"), checked_name(name, "an account"), plan, email, now(), None)
     if plan not in PLAN_NAMES:
@@ -39,6 +40,7 @@ def create(store: Store, name: str, plan: str, email: str | None = None) -> Acco
             "insert into accounts (id, name, plan, email, created) values (?, ?, ?, ?, ?)",
             [account.id, account.name, account.plan, account.email, account.created],
         )
+        audit.record(db, by, "account.create", account=account.id, name=account.name, plan=plan)
 
     store.write(insert, durable=True).result()
     return account

@@ -8,6 +8,7 @@ import time
 from appliance.errors import BadRequest
 
 LONGEST_NAME = 100
+COMMAND_LINE = "command line"  # who acts, where it is no signed-in user
 
 
 def new_id(kind: str) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 from appliance.errors import BadRequest, NotFound
 from appliance.messages import SCOPES, Caller, Scope
+from appliance.store import audit
 from appliance.store.database import Store
-from appliance.store.ids import checked_name, new_id, now
+from appliance.store.ids import COMMAND_LINE, checked_name, new_id, now
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ def create(store: Store, account_id: str, name: str, scope: str, new: NewKey, cr
             values (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
             [key_id, account_id, name, scope, new.digest, new.prefix, new.last_four, created, created_by],
         )
+        about = {"key": key_id, "account": account_id, "name": name, "scope": scope}
+        audit.record(db, created_by, "key.create", **about)
 
     store.write(insert, durable=True).result()
     return by_id(store, key_id)
@@ -76,12 +79,16 @@ def listing(store: Store) -> list[Key]:
     ]
 
 
-def revoke(store: Store, key_id: str) -> Key:
+def revoke(store: Store, key_id: str, *, by: str = COMMAND_LINE) -> Key:
     """Ends a key for good, durable when it returns; revoking it again changes nothing. Raises NotFound."""
     by_id(store, key_id)
-    ended = now()
-    query = "update keys set revoked = ? where id = ? and revoked is null"
-    store.write(lambda db: db.execute(query, [ended, key_id]), durable=True).result()
+
+    def end(db: Any) -> None:
+        done = db.execute("update keys set revoked = ? where id = ? and revoked is null", [now(), key_id])
+        if done.rowcount:
+            audit.record(db, by, "key.revoke", key=key_id)
+
+    store.write(end, durable=True).result()
     return by_id(store, key_id)
 
 

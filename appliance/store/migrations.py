@@ -48,3 +48,49 @@ def m001_accounts_users_keys(db: Database) -> None:
         ) strict
     """)
     db.execute("create index keys_by_account on keys(account_id)")
+
+
+@migrations()
+def m002_audit(db: Database) -> None:
+    """What administrators did; see `audit` for the chain."""
+    db.execute("""
+        create table audit (
+            number integer primary key,
+            at integer not null,
+            who text not null,
+            what text not null,
+            about text not null,
+            hash blob not null
+        ) strict
+    """)
+
+
+@migrations()
+def m003_usage(db: Database) -> None:
+    """What was called; see `usage`."""
+    db.execute("""
+        create table charges (
+            account_id text not null,
+            key_id text not null,
+            minute integer not null,
+            calls integer not null,
+            primary key (account_id, key_id, minute)
+        ) strict, without rowid
+    """)
+    db.execute("create index charges_by_minute on charges(minute)")
+    db.execute("""
+        create table usage (
+            account_id text not null,
+            day integer not null,
+            key_id text not null,
+            endpoint text not null,
+            provider text not null,
+            model text not null,
+            calls integer not null,
+            prompt_tokens integer not null,
+            completion_tokens integer not null,
+            cached_tokens integer not null,
+            seconds real not null,
+            primary key (account_id, day, key_id, endpoint, provider, model)
+        ) strict, without rowid
+    """)

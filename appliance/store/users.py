@@ -11,8 +11,9 @@ from argon2 import PasswordHasher
 from argon2.exceptions import VerificationError
 
 from appliance.errors import BadRequest, Conflict
+from appliance.store import audit
 from appliance.store.database import Store
-from appliance.store.ids import checked_name, new_id, now
+from appliance.store.ids import COMMAND_LINE, checked_name, new_id, now
 
 ROLES = ("administrator", "member")
 SHORTEST_PASSWORD = 10
@@ -31,7 +32,9 @@ class User:
     disabled: int | None
 
 
-def create(store: Store, name: str, password: str, role: str, account_id: str | None) -> User:
+def create(
+    store: Store, name: str, password: str, role: str, account_id: str | None, *, by: str = COMMAND_LINE
+) -> User:
     """A new user, durable when it returns. Raises BadRequest, or Conflict for a name that is taken."""
     user = User(new_id("usr"), account_id, checked_name(name, "a user"), role, now(), None)
     if role not in ROLES:
@@ -47,6 +50,7 @@ def create(store: Store, name: str, password: str, role: str, account_id: str | 
             "insert into users (id, account_id, name, role, password_hash, created) values (?, ?, ?, ?, ?, ?)",
             [user.id, account_id, user.name, role, hashed, user.created],
         )
+        audit.record(db, by, "user.create", user=user.id, name=user.name, role=role, account=account_id)
 
     store.write(insert, durable=True).result()
     return user

@@ -1,4 +1,4 @@
-"""The scenarios that look at our server by itself: fairness between accounts, host time, idling, memory, start."""
+"""The scenarios that look at our server by itself: fairness between accounts, host time, idle, memory, start, guide."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from appliance.installation import GUIDE
 from scripts.benchlib import servers
 from scripts.benchlib.client import Ask, BenchError, Call, Reply, Target, together
 from scripts.benchlib.counters import counters
@@ -34,6 +35,8 @@ HOST_NEW_TOKENS = 160
 HOST_GOALS = {0.0: Goal(5.0, at_least=False), 0.8: Goal(8.0, at_least=False)}
 IDLE_SECONDS = 10.0
 MEGABYTE = 1e6
+GUIDE_SIZE = Size(slots=8, longest=512, total=4_096)  # the defaults of the settings and of the guide
+GUIDE_NEW_TOKENS = 300
 NO_COUNTERS = "the server did not report it"
 
 
@@ -245,7 +248,8 @@ async def memory(run: Run) -> None:
 
 
 def memory_parts(counted: dict[str, Any], mapped: int, rest: int) -> dict[str, float]:
-    """Bytes of each part; `weights_bytes` are those that llama.cpp holds beside the mapped file, as repacked ones."""
+    """Bytes of each part; `weights_bytes` is what llama.cpp took for the model beside the mapped file: repacked weights
+    and the tables of its vocabulary."""
     names = ("weights_bytes", "kv_bytes", "parked_bytes", "compute_bytes")
     weights, kv, parked, compute = (int(counted.get(name, 0)) for name in names)
     return {
@@ -255,6 +259,23 @@ def memory_parts(counted: dict[str, Any], mapped: int, rest: int) -> dict[str, f
         "KV cache, parked prefixes": parked,
         "compute buffers": compute,
     }
+
+
+async def guide(run: Run) -> None:
+    """The built-in guide as a fresh box serves it, whatever model the run is about: one stream, and all memory."""
+    rates: list[float] = []
+    async with run.ours(GUIDE_SIZE, GUIDE) as server:
+        run.note_command("guide", server)
+        for number in range(1 + run.rounds):
+            call = Call(server.target, run.ask(PROMPT_TOKENS, GUIDE_NEW_TOKENS, "guide", number))
+            await call.run(run.setup.request_seconds)
+            reply = call.reply()
+            if number:  # the first one warms up
+                rates.append((reply.tokens(GUIDE_NEW_TOKENS) - 1) / (reply.ended - reply.texts[0]))
+        resident = sum(resident_bytes(server.child.pid, GUIDE)) / MEGABYTE
+    rate_goal, memory_goal = Goal(300), Goal(350, at_least=False)
+    run.add(Row("guide", "1 stream", "tokens/s", tuple(rates), goal=rate_goal, goal_on_ratio=False))
+    run.add(Row("guide", "the whole server, resident", "MB", (resident,), goal=memory_goal, goal_on_ratio=False))
 
 
 async def start(run: Run) -> None:

@@ -7,7 +7,7 @@ import time
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,11 +57,12 @@ class Run:
 
             self.lengths = await prompts.measure(prompt_tokens, self.name)
 
-    def ours(self, size: Size) -> AbstractAsyncContextManager[Server]:
-        """Our server alone. Raises BenchError in a control run, which has none."""
+    def ours(self, size: Size, model: Path | None = None) -> AbstractAsyncContextManager[Server]:
+        """Our server alone, with the run's model or another. Raises BenchError in a control run, which has none."""
         if self.setup.control:
             raise BenchError("This scenario measures our server, and a control run has only the peer.")
-        return servers.ours(self.setup, size, self.data_dir, self.key)
+        setup = self.setup if model is None else replace(self.setup, model=model)
+        return servers.ours(setup, size, self.data_dir, self.key)
 
     def pair(self, size: Size) -> AbstractAsyncContextManager[list[Server]]:
         return servers.pair(self.setup, size, self.data_dir, self.key)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from appliance.installation import GUIDE
 from scripts.benchlib.client import APPLIANCE, OPENAI, Ask, BenchError, Call, Sampling, Target, get
 from scripts.benchlib.processes import Child, child
 
@@ -244,7 +245,10 @@ async def ready(server: Server, path: str) -> float:
 
 def described(server: Server, setup: Setup, model_name: str) -> list[str]:
     """The command line for the report, without this machine's paths; the user's own words stay."""
-    names = {str(setup.model): model_name, str(server.data_dir): "DATA_DIR", str(APPLIANCE_COMMAND): "appliance"}
+    names = {
+        **{str(setup.model): model_name, str(GUIDE): GUIDE.name},
+        **{str(server.data_dir): "DATA_DIR", str(APPLIANCE_COMMAND): "appliance"},
+    }
     return [names.get(word, word) for word in server.command]
 
 

@@ -11,11 +11,11 @@ import random
 import re
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from scripts.guide import facts, grids
-from scripts.guide.grids import Intent
 from scripts.guide.wording import said
 
 FOLDER = Path(__file__).parent
@@ -24,6 +24,7 @@ DECLINE = (
     "I am the built-in guide and only know about this appliance, so I cannot answer that. For questions like this, "
     "load a larger model with `appliance models add FILE` and `appliance models use NAME`."
 )
+REGULAR = 0.2  # share of the wordings that a program made, where there are any
 GRAM = 6  # words in a row that must not stand in the held-out set as well
 SYSTEMS = (
     "You are a helpful assistant.", "Answer briefly.", "You are the guide of an on-premises language model server.",
@@ -35,6 +36,22 @@ _CHOICE = re.compile(r"\{([^{}]*)\}")
 _WORD = re.compile(r"[a-z0-9]+")
 
 Turns = list[tuple[str, str]]  # (role, text)
+
+
+@dataclass(slots=True)
+class Intent:
+    """What people ask, in many wordings, with its one answer. `regular` are wordings that a program made; `follow`
+    leads to other intents' ids."""
+
+    id: str
+    answer: str
+    questions: list[str]
+    regular: list[str] = field(default_factory=list)
+    follow: list[tuple[str, list[str]]] = field(default_factory=list)
+
+    def wording(self, draw: random.Random) -> str:
+        """One of them; the regular ones are soon learnt."""
+        return draw.choice(self.regular if self.regular and draw.random() < REGULAR else self.questions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +73,17 @@ class Corpus:
         every = list(intents.values())
         self._by_intent = every
         self._by_line = [i for i in every for _ in range(max(1, len(i.questions) // 10))]
+        self.answers = {text: n for n, text in enumerate([*(i.answer for i in every), DECLINE])}
         self._with_follow = [i for i in every if i.follow]
 
     def conversation(self, draw: random.Random) -> Turns:
         """One example: a question or a dialogue, with its answers."""
         kind = draw.random()
-        if kind < 0.68:
+        if kind < 0.78:
             turns = self._single(draw)
-        elif kind < 0.82:
+        elif kind < 0.92:
             turns = self._foreign(draw)
-        elif kind < 0.96:
+        elif kind < 0.985:
             turns = self._dialogue(draw)
         else:  # a second question that has nothing to do with the first
             turns = self._single(draw) + (self._foreign(draw) if draw.random() < 0.3 else self._single(draw))
@@ -78,6 +96,7 @@ class Corpus:
         for intent in self.intents.values():
             yield intent.answer
             yield from intent.questions
+            yield from intent.regular
             yield from (ask for _, asks in intent.follow for ask in asks)
         for domain in self.domains:
             yield from domain.questions
@@ -85,13 +104,11 @@ class Corpus:
         yield DECLINE
 
     def _single(self, draw: random.Random) -> Turns:
-        while True:
-            intent = draw.choice(self._by_line if draw.random() < 0.5 else self._by_intent)
-            if not intent.id.startswith("grid.") or draw.random() < 0.45:  # these are regular, and soon learnt
-                return self._asked(draw, intent.questions, intent)
+        intent = draw.choice(self._by_line if draw.random() < 0.5 else self._by_intent)
+        return self._asked(draw, intent.wording, intent)
 
-    def _asked(self, draw: random.Random, wordings: list[str], intent: Intent) -> Turns:
-        question = self._unseen(lambda: expanded(draw, draw.choice(wordings)))
+    def _asked(self, draw: random.Random, wording: Callable[[random.Random], str], intent: Intent) -> Turns:
+        question = self._unseen(lambda: expanded(draw, wording(draw)))
         return [("user", said(draw, question)), ("assistant", intent.answer)]
 
     def _foreign(self, draw: random.Random) -> Turns:
@@ -104,12 +121,12 @@ class Corpus:
     def _dialogue(self, draw: random.Random) -> Turns:
         """Two questions, of which the first explains the second; sometimes a third."""
         intent = draw.choice(self._with_follow)
-        turns = self._asked(draw, intent.questions, intent)
+        turns = self._asked(draw, intent.wording, intent)
         while intent.follow:
             target, asks = draw.choice(intent.follow)
             intent = self.intents[target]
-            turns += self._asked(draw, asks, intent)
-            if len(turns) >= 6 or draw.random() < 0.7:
+            turns += self._asked(draw, partial(random.Random.choice, seq=asks), intent)
+            if len(turns) >= 6 or draw.random() < 0.8:
                 break
         return turns
 
@@ -125,25 +142,20 @@ def load(folder: Path = FOLDER / "topics", held_out: Path = HELD_OUT) -> Corpus:
     """The corpus files, filled with facts, and the grids. Raises ValueError or KeyError for a faulty file."""
     intents: dict[str, Intent] = {}
     domains: list[Domain] = []
+    regular = grids.lines()
     for file in sorted(folder.glob("*.toml")):
         content = tomllib.loads(file.read_text())
         domains += [Domain(d["name"], d.get("slots", {}), d["questions"]) for d in content.get("domain", [])]
         for entry in content.get("intent", []):
+            if entry["id"] in intents:
+                raise ValueError(f"the intent {entry['id']} is there twice")
+            asked = [question for grid in entry.get("grids", []) for question in regular.pop(grid)]
             follow = [(f["intent"], f["asks"]) for f in entry.get("follow", [])]
-            _add(intents, Intent(entry["id"], facts.render(entry["answer"]), list(entry["questions"]), follow))
-    for intent in grids.intents():
-        _add(intents, intent)
-    for name, questions in grids.more_questions().items():
-        intents[name].questions += questions
-    for intent in intents.values():
-        intent.follow = [(target, asks) for target, asks in intent.follow if target in intents]
+            answer = facts.render(entry["answer"])
+            intents[entry["id"]] = Intent(entry["id"], answer, list(entry["questions"]), asked, follow)
+    if regular:
+        raise ValueError(f"no intent answers {', '.join(regular)}")
     return Corpus(intents, domains, held_out_grams(held_out))
-
-
-def _add(intents: dict[str, Intent], intent: Intent) -> None:
-    if intent.id in intents:
-        raise ValueError(f"the intent {intent.id} is there twice")
-    intents[intent.id] = intent
 
 
 def held_out_grams(file: Path) -> frozenset[str]:

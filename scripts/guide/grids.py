@@ -1,25 +1,16 @@
-"""Questions that follow from the product's tables: plan by window, every setting, command, status and exit code."""
+"""Questions that follow from the product's tables: plan by window, every setting, command, status and exit code.
+
+Each of them belongs to an intent of the corpus, which names it in its `grids`: a new setting or command that no answer
+covers stops the corpus from loading.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from appliance import config
-from appliance.access.plans import PLANS
 from appliance.errors import OperatorError
 from scripts.guide import facts
-
-
-@dataclass(slots=True)
-class Intent:
-    """One thing that people ask, in many wordings, with its one answer. `follow` leads to other intents' ids."""
-
-    id: str
-    answer: str
-    questions: list[str]
-    follow: list[tuple[str, list[str]]] = field(default_factory=list)
-
 
 _PLAN = {
     "community": [
@@ -112,68 +103,54 @@ _CONCURRENT = [
     "how many concurrent {users|clients|sessions} can {plan} serve",
     "tell me how many calls {plan} may have in flight",
 ]
-NOT_YET = " This version does not enforce plan limits yet."
 
 
-def intents() -> Iterator[Intent]:
-    """All of them."""
-    yield from _plans()
-    yield from _settings()
-    yield from _commands()
-    yield from _exit_codes()
+def lines() -> dict[str, list[str]]:
+    """Wordings by what they ask about: `plan.community.minute`, `setting.server.port`, `command.key-create`,
+    `exit.70`, `code.429`."""
+    return dict([*_plans(), *_settings(), *_commands(), *_exit_codes(), *_codes()])
 
 
-def more_questions() -> dict[str, list[str]]:
-    """Wordings with a status or code, for intents that the corpus answers."""
-    return {
-        intent: [
-            question
-            for name in names
-            for question in (
-                f"What does {{status|error|HTTP|http status|error code|code|}} {name} mean?",
-                f"{{what does|what is|why}} {{status|error|HTTP|}} {name}",
-                f"{{I get|we get|my app gets|the server returns|it answers|it says}} {{a|an error|status|}} {name}",
-                f"{name}",
-                f"{name} {{error|status|meaning|response|what now|help}}",
-                f"{{Why do I get|how do I fix|what causes|what do I do on}} {{a|status|error|}} {name}{{?|}}",
-                f"the response {{was|is|code is|has status}} {name}",
-                f"explain {{status|error|}} {name}",
-            )
-        ]
-        for intent, names in _CODES.items()
-    }
+_ASK_CODE = [
+    "What does {status|error|HTTP|http status|error code|code|} {n} mean?",
+    "{what does|what is|why} {status|error|HTTP|} {n}",
+    "{I get|we get|my app gets|the server returns|it answers|it says} {a|an error|status|} {n}",
+    "{n}",
+    "{n} {error|status|meaning|response|what now|help}",
+    "{Why do I get|how do I fix|what causes|what do I do on} {a|status|error|} {n}{?|}",
+    "the response {was|is|code is|has status} {n}",
+    "explain {status|error|} {n}",
+]
+_CODES = [
+    ["400", "BAD_REQUEST", "bad request"],
+    ["401", "UNAUTHORIZED", "unauthorized"],
+    ["403", "FORBIDDEN", "forbidden"],
+    ["404", "NOT_FOUND", "not found"],
+    ["405", "method not allowed"],
+    ["408", "request timeout"],
+    ["413", "payload too large", "content too large"],
+    ["415", "unsupported media type"],
+    ["431", "headers too large"],
+    ["429", "RATE_LIMIT_EXCEEDED", "rate limit exceeded", "too many requests"],
+    ["MONTHLY_LIMIT_EXCEEDED", "monthly limit exceeded"],
+    ["500", "INTERNAL_ERROR", "internal error", "internal server error"],
+    ["503", "SERVICE_UNAVAILABLE", "service unavailable"],
+]
 
 
-_CODES = {
-    "errors.bad_request": ["400", "BAD_REQUEST", "bad request"],
-    "errors.unauthorized": ["401", "UNAUTHORIZED", "unauthorized"],
-    "errors.forbidden": ["403", "FORBIDDEN", "forbidden"],
-    "errors.not_found": ["404", "NOT_FOUND", "not found"],
-    "errors.method": ["405", "method not allowed"],
-    "errors.timeout": ["408", "request timeout"],
-    "errors.too_large": ["413", "payload too large", "content too large"],
-    "errors.media_type": ["415", "unsupported media type"],
-    "errors.headers_large": ["431", "headers too large"],
-    "errors.rate_limit": ["429", "RATE_LIMIT_EXCEEDED", "rate limit exceeded", "too many requests"],
-    "errors.monthly": ["MONTHLY_LIMIT_EXCEEDED", "monthly limit exceeded"],
-    "errors.internal": ["500", "INTERNAL_ERROR", "internal error", "internal server error"],
-    "errors.unavailable": ["503", "SERVICE_UNAVAILABLE", "service unavailable"],
-}
+Grid = tuple[str, list[str]]
 
 
-def _plans() -> Iterator[Intent]:
+def _codes() -> Iterator[Grid]:
+    for names in _CODES:
+        yield f"code.{names[0]}", [question.replace("{n}", name) for name in names for question in _ASK_CODE]
+
+
+def _plans() -> Iterator[Grid]:
     for plan, names in _PLAN.items():
-        for window in ("minute", "hour", "month"):
-            per, _, adjective = _PER[window]
-            value = getattr(PLANS[plan], facts.WINDOWS[window])
-            many = f"{facts.number(value)} calls per {window}" if value is not None else f"unlimited calls per {window}"
-            answer = f"The {plan} plan allows {many} for the whole account, all its keys together.{NOT_YET}"
-            yield Intent(f"grid.{plan}.{window}", answer, [_filled(q, names, per, adjective) for q in _WINDOW])
-        answer = (
-            f"The {plan} plan allows {PLANS[plan].concurrent} calls at the same time for the whole account, "
-            f"all its keys together.{NOT_YET}"
-        )
-        yield Intent(f"grid.{plan}.concurrent", answer, [_filled(q, names, "", "") for q in _CONCURRENT])
+        for window, (per, _, adjective) in _PER.items():
+            yield f"plan.{plan}.{window}", [_filled(q, names, per, adjective) for q in _WINDOW]
+        yield f"plan.{plan}.concurrent", [_filled(q, names, "", "") for q in _CONCURRENT]
 
 
 def _filled(question: str, names: list[str], per: str, adjective: str) -> str:
@@ -224,18 +201,12 @@ _ASK_SETTING = [
 ]
 
 
-def _settings() -> Iterator[Intent]:
+def _settings() -> Iterator[Grid]:
     for setting in config.settings():
         section, key = setting.name.split(".")
         variable = f"APPLIANCE_{section.upper()}__{key.upper()}"
         names = "{" + "|".join([key, f"[{section}] {key}", f"`{key}`", key.replace("_", " "), f"{section}.{key}"]) + "}"
-        default = facts.placeholders()[f"setting.{setting.name}"] or "empty"
-        answer = (
-            f"`[{section}] {key}` is the setting for this: {setting.help}. It takes {setting.allowed}; "
-            f"the default is {default}. Set it in `config.toml` or by `{variable}`."
-        )
-        questions = [q.replace("{s}", names).replace("{e}", variable) for q in _ASK_SETTING]
-        yield Intent(f"grid.setting.{setting.name}", answer, questions)
+        yield f"setting.{setting.name}", [q.replace("{s}", names).replace("{e}", variable) for q in _ASK_SETTING]
 
 
 _ASK_COMMAND = [
@@ -264,13 +235,10 @@ _ASK_COMMAND = [
 ]
 
 
-def _commands() -> Iterator[Intent]:
+def _commands() -> Iterator[Grid]:
     for words, command in facts.commands().items():
-        if hasattr(command, "commands"):
-            continue
-        text = facts.command_help(words).rstrip(".")
-        answer = f"`appliance {words}` {text[0].lower()}{text[1:]}. See its options with `appliance {words} --help`."
-        yield Intent(f"grid.command.{words.replace(' ', '-')}", answer, [q.replace("{c}", words) for q in _ASK_COMMAND])
+        if not hasattr(command, "commands"):
+            yield f"command.{words.replace(' ', '-')}", [q.replace("{c}", words) for q in _ASK_COMMAND]
 
 
 _ASK_EXIT = [
@@ -297,13 +265,6 @@ _ASK_EXIT = [
 ]
 
 
-def _exit_codes() -> Iterator[Intent]:
+def _exit_codes() -> Iterator[Grid]:
     for error in OperatorError.__subclasses__():
-        text = (error.__doc__ or "").split("\n")[0].rstrip(".")
-        answer = (
-            f"Exit code {error.exit_code} of the `appliance` command means: {text[0].lower()}{text[1:]}. "
-            "The sentence on stderr says what to do."
-        )
-        yield Intent(
-            f"grid.exit.{error.exit_code}", answer, [q.replace("{n}", str(error.exit_code)) for q in _ASK_EXIT]
-        )
+        yield f"exit.{error.exit_code}", [q.replace("{n}", str(error.exit_code)) for q in _ASK_EXIT]

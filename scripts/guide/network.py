@@ -19,11 +19,11 @@ ROPE_BASE = 10_000.0
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Dimensions; about 5.8 million parameters by default."""
+    """Dimensions; about 3.4 million parameters by default."""
 
     vocabulary: int
     width: int = 256
-    layers: int = 6
+    layers: int = 3
     heads: int = 4
     kv_heads: int = 2
     head_width: int = 64
@@ -40,17 +40,18 @@ class Attention(nn.Module):
         self.v = nn.Linear(shape.width, shape.kv_heads * shape.head_width, bias=False)
         self.output = nn.Linear(shape.heads * shape.head_width, shape.width, bias=False)
 
-    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
-        """`x` (batch, length, width), `turn` (length, head_width / 2) complex."""
+    def forward(self, x: Tensor, turn: Tensor, later: Tensor) -> Tensor:
+        """`x` (batch, length, width), `turn` (length, head_width / 2) complex, `later` (length, length): what a place
+        must not see. Written out: for rows as short as ours, the fused attention of a CPU is slower."""
         batch, length, _ = x.shape
         q = rotated(self.q(x).view(batch, length, self.shape.heads, self.shape.head_width), turn)
         k = rotated(self.k(x).view(batch, length, self.shape.kv_heads, self.shape.head_width), turn)
         v = self.v(x).view(batch, length, self.shape.kv_heads, self.shape.head_width)
         copies = self.shape.heads // self.shape.kv_heads
-        k, v = k.repeat_interleave(copies, dim=2), v.repeat_interleave(copies, dim=2)
-        mixed = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
-        ).transpose(1, 2)
+        k, v = (every.repeat_interleave(copies, dim=2).transpose(1, 2) for every in (k, v))
+        scores = torch.matmul(q.transpose(1, 2), k.transpose(2, 3)).float() * self.shape.head_width**-0.5
+        shares = scores.masked_fill(later, float("-inf")).softmax(-1).to(v.dtype)
+        mixed = torch.matmul(shares, v).transpose(1, 2)
         attended: Tensor = self.output(mixed.reshape(batch, length, -1))
         return attended
 
@@ -74,28 +75,27 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, shape: Shape, dropout: float) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.attn_norm = nn.RMSNorm(shape.width, eps=EPSILON)
         self.attn = Attention(shape)
         self.ffn_norm = nn.RMSNorm(shape.width, eps=EPSILON)
         self.ffn = FeedForward(shape)
-        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
-        x = x + self.dropout(self.attn(self.attn_norm(x), turn))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+    def forward(self, x: Tensor, turn: Tensor, later: Tensor) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), turn, later)
+        return x + self.ffn(self.ffn_norm(x))
 
 
 class Network(nn.Module):
-    """Token ids (batch, length) to logits of chosen places."""
+    """Token ids (batch, length) to what is said next, at chosen places."""
 
     def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(Layer(shape, dropout) for _ in range(shape.layers))
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, eps=EPSILON)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
@@ -107,13 +107,19 @@ class Network(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, tokens: Tensor, wanted: Tensor) -> Tensor:
-        """Logits (wanted, vocabulary) at the places where `wanted` (batch, length) is true."""
+        """States (wanted, width) at the places where `wanted` (batch, length) is true."""
+        length = tokens.shape[1]
         x = self.dropout(self.embedding(tokens))
-        turn = turns(tokens.shape[1], self.shape.head_width).to(tokens.device)
+        turn = turns(length, self.shape.head_width).to(tokens.device)
+        later = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
         for layer in self.layers:
-            x = layer(x, turn)
-        chosen = self.norm(x[wanted])  # the output matrix is the largest: no row that nobody looks at
-        return F.linear(chosen, self.embedding.weight)
+            x = layer(x, turn, later)
+        states: Tensor = self.norm(x[wanted])  # the output matrix is the largest: no row that nobody looks at
+        return states
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(wanted, vocabulary)."""
+        return F.linear(states, self.embedding.weight)
 
 
 def turns(length: int, head_width: int) -> Tensor:

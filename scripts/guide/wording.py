@@ -188,13 +188,16 @@ def said(draw: random.Random, question: str) -> str:
 
 
 def reworded(draw: random.Random, text: str) -> str:
-    """Now and then another word for the same, or a small word left out."""
+    """Now and then another word for the same, or a word left out."""
     if draw.random() < 0.35:
         words = text.split(" ")
         for i, word in enumerate(words):
             core = word.strip("?.,!:;").lower()
             if core in ALIKE and draw.random() < 0.35:
                 words[i] = word.lower().replace(core, draw.choice(ALIKE[core]))
+        text = " ".join(words)
+    if draw.random() < 0.1 and len(words := text.split(" ")) > 5:
+        del words[draw.randrange(len(words))]
         text = " ".join(words)
     if draw.random() < 0.15:
         kept = [w for w in text.split(" ") if w.lower() not in SMALL or draw.random() < 0.5]

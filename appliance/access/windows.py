@@ -1,0 +1,173 @@
+"""The windows in which calls are counted: UTC minute, hour and calendar month. Pure; `now` is passed in.
+
+A call takes one place in every window of its account (and of its key, where that has narrower limits), all of them or
+none. Knows no plan, store or HTTP: limits come with each call, so that a changed plan applies to the next one.
+
+A window never goes back: where the clock is set back, the later window goes on until its own end, so that no second
+allowance begins; where it is set forward, the window that begins then is the one that counts when the time comes.
+"""
+
+from __future__ import annotations
+
+import calendar
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from appliance.errors import MonthlyLimitReached, RateLimited
+
+NAMES = ("minute", "hour", "month")
+MONTH = 2  # place of the month among them
+NEARLY = 0.8  # share of the month from which a warning is given
+
+
+class Limits(NamedTuple):
+    """Calls per window; None: unlimited."""
+
+    minute: int | None = None
+    hour: int | None = None
+    month: int | None = None
+
+
+class Payer(NamedTuple):
+    """One of those who are charged for a call: an account, a key of its own limits, an address."""
+
+    id: str
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One window of one payer as headers show it."""
+
+    window: str
+    limit: int
+    remaining: int
+    reset: int  # epoch seconds
+    nearly: bool  # most of the payer's month is used
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """A place taken in every window, to be given back as a whole."""
+
+    payers: tuple[str, ...]
+    starts: tuple[tuple[int, ...], ...]  # per payer, of its windows when it was taken
+
+
+class _Counts:
+    """What one payer has used of its current windows."""
+
+    __slots__ = ("ends", "starts", "used")
+
+    def __init__(self) -> None:
+        self.starts = [0, 0, 0]
+        self.ends = [0, 0, 0]
+        self.used = [0, 0, 0]
+
+    def roll(self, now: float) -> None:
+        """Begins the windows that are due."""
+        for i in range(len(NAMES)):
+            if now >= self.ends[i]:
+                self.starts[i], self.ends[i] = bounds(NAMES[i], now)
+                self.used[i] = 0
+
+
+class Windows:
+    """Every payer's counts. Not thread-safe: the event loop owns it, and takes and checks in one step."""
+
+    def __init__(self) -> None:
+        self._payers: dict[str, _Counts] = {}
+
+    def __len__(self) -> int:
+        return len(self._payers)
+
+    def take(self, payers: Sequence[Payer], now: float) -> Charge:
+        """Charges one call to all `payers`. Raises RateLimited or MonthlyLimitReached, and charges nobody."""
+        counts = [self._current(payer.id, now) for payer in payers]
+        full = [
+            (counted.ends[i], NAMES[i])
+            for payer, counted in zip(payers, counts, strict=True)
+            for i, limit in enumerate(payer.limits)
+            if limit is not None and counted.used[i] >= limit
+        ]
+        if full:
+            raise _refusal(full, now)
+        for counted in counts:
+            counted.used = [n + 1 for n in counted.used]
+        return Charge(tuple(payer.id for payer in payers), tuple(tuple(counted.starts) for counted in counts))
+
+    def give_back(self, charge: Charge) -> None:
+        """Takes a charge off again, where its windows still run; at most once per charge is the caller's business."""
+        for payer, starts in zip(charge.payers, charge.starts, strict=True):
+            counted = self._payers.get(payer)
+            for i, start in enumerate(starts):
+                if counted and counted.starts[i] == start and counted.used[i]:
+                    counted.used[i] -= 1
+
+    def view(self, payers: Iterable[Payer], now: float, *, refused: bool = False) -> View | None:
+        """The window with the smallest share left, of equals the shorter (after a refusal the longer, for which the
+        caller has to wait); None where nothing is limited."""
+        tightest: tuple[float, int] | None = None
+        shown: View | None = None
+        for payer in payers:
+            counted = self._current(payer.id, now)
+            for i, limit in enumerate(payer.limits):
+                if limit is None:
+                    continue
+                left = max(0, limit - counted.used[i])
+                rank = (left / limit if limit else 0.0, -i if refused else i)
+                if tightest is None or rank < tightest:
+                    tightest = rank
+                    shown = View(NAMES[i], limit, left, counted.ends[i], _nearly(payer.limits, counted))
+        return shown
+
+    def used(self, payer: str, now: float) -> dict[str, int]:
+        """Calls in each current window."""
+        return dict(zip(NAMES, self._current(payer, now).used, strict=True))
+
+    def restore(self, payer: str, window: str, calls: int, now: float) -> None:
+        """Sets what a store remembers of the window that runs at `now`."""
+        self._current(payer, now).used[NAMES.index(window)] = calls
+
+    def forget(self, now: float) -> None:
+        """Drops payers whose every window has ended."""
+        self._payers = {name: c for name, c in self._payers.items() if now < max(c.ends) and any(c.used)}
+
+    def _current(self, payer: str, now: float) -> _Counts:
+        counted = self._payers.get(payer)
+        if counted is None:
+            counted = self._payers[payer] = _Counts()
+        counted.roll(now)
+        return counted
+
+
+def bounds(window: str, now: float) -> tuple[int, int]:
+    """First second of the UTC window that holds `now`, and of the next one."""
+    if window == "month":
+        at = time.gmtime(now)
+        following = (at.tm_year + at.tm_mon // 12, at.tm_mon % 12 + 1)
+        return _month(at.tm_year, at.tm_mon), _month(*following)
+    length = 60 if window == "minute" else 3_600
+    start = math.floor(now / length) * length
+    return start, start + length
+
+
+def _month(year: int, month: int) -> int:
+    return calendar.timegm((year, month, 1, 0, 0, 0))
+
+
+def _nearly(limits: Limits, counted: _Counts) -> bool:
+    return limits.month is not None and counted.used[MONTH] >= NEARLY * limits.month
+
+
+def _refusal(full: Sequence[tuple[int, str]], now: float) -> RateLimited | MonthlyLimitReached:
+    """By the window that takes longest, so that a call after it succeeds if nobody else calls."""
+    end, window = max(full)
+    after = max(1, math.ceil(end - now))
+    kind = MonthlyLimitReached if window == "month" else RateLimited
+    return kind(
+        f"The limit of calls per {window} is used up; the next {window} begins in {after} s.", retry_after=after
+    )

@@ -1,0 +1,121 @@
+"""Charges and totals: exact, rebuilt after a crash, purged without losing what people read."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from appliance.access.windows import NAMES, Limits, Payer, Windows, bounds
+from appliance.errors import RateLimited
+from appliance.store import usage
+from appliance.store.database import Store
+from appliance.store.keyfile import MasterKey, create_key_file, read_key
+from appliance.store.usage import Call, Spent
+
+NOON = 1_773_144_000  # 2026-03-10, 12:00 UTC
+CHAT = Call("a", "k1", "/llm/chat", NOON)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with closing(Store.create(tmp_path / "appliance.db", MasterKey.generate())) as made:
+        yield made
+
+
+def charge(store: Store, *calls: Call) -> None:
+    for done in [store.write(lambda db, call=call: usage.charge(db, call)) for call in calls]:  # type: ignore[misc]
+        done.result()
+
+
+def test_calls_and_tokens_add_up_per_day_key_and_endpoint(store: Store) -> None:
+    charge(store, CHAT, CHAT, Call("a", "k2", "/llm/chat", NOON + 90_000), Call("b", "k3", "/llm/chat", NOON))
+    spent = Spent("local", "m", 10, 5, 3, 0.5)
+    for _ in range(2):
+        store.write(lambda db: usage.spend(db, CHAT, spent)).result()
+    day = NOON // 86_400 * 86_400
+    rows = usage.totals(store, "a", day, day)
+    assert [(r.key_id, r.provider, r.calls, r.prompt_tokens, r.cached_tokens, r.seconds) for r in rows] == [
+        ("k1", "", 2, 0, 0, 0.0),
+        ("k1", "local", 0, 20, 6, 1.0),
+    ]
+    assert [r.key_id for r in usage.totals(store, "a", day, day + 86_400)] == ["k1", "k1", "k2"]
+
+
+def test_a_charge_can_be_taken_off_again(store: Store) -> None:
+    charge(store, CHAT, CHAT)
+    store.write(lambda db: usage.charge(db, CHAT, -1)).result()
+    assert list(usage.charged(store, NOON)) == [("a", "k1", 1)]
+
+
+def test_windows_are_rebuilt_as_they_were(store: Store) -> None:
+    hour, month = bounds("hour", NOON)[0], bounds("month", NOON)[0]
+    charge(store, *[CHAT] * 3, *[Call("a", "k2", "/x", hour - 120)] * 4, *[Call("a", "k1", "/x", month - 1)] * 9)
+    windows = Windows()
+    for window in NAMES:
+        totals: dict[str, int] = {}
+        for account, _, calls in usage.charged(store, bounds(window, NOON)[0]):
+            totals[account] = totals.get(account, 0) + calls
+        for account, calls in totals.items():
+            windows.restore(account, window, calls, NOON)
+    assert windows.used("a", NOON) == {"minute": 3, "hour": 3, "month": 7}
+    with pytest.raises(RateLimited):
+        windows.take([Payer("a", Limits(minute=3))], NOON)
+
+
+def test_a_purge_deletes_old_charges_and_no_totals(store: Store) -> None:
+    old = [Call("a", f"k{n}", "/x", NOON - 60 * n) for n in range(1, 1_501)]
+    charge(store, *old, CHAT)
+    assert usage.purge(store, NOON) == 1_500
+    assert list(usage.charged(store, 0)) == [("a", "k1", 1)]
+    assert sum(r.calls for r in usage.totals(store, "a", 0, NOON)) == 1_501
+
+
+CHARGER = """
+import sys
+from pathlib import Path
+from appliance.store import usage
+from appliance.store.database import Store
+from appliance.store.keyfile import read_key
+store = Store.open(Path(sys.argv[1]), read_key(Path(sys.argv[2])))
+pending = []
+for n in range(10**6):
+    pending.append(store.write(lambda db: usage.charge(db, usage.Call("a", "k", "/x", 0.0))))
+    if len(pending) >= 20:
+        pending.pop(0).result()
+        print(n - 18, flush=True)  # so many are acknowledged
+"""
+
+
+def test_after_kill_minus_nine_every_acknowledged_charge_is_there_and_none_twice(tmp_path: Path) -> None:
+    """Twenty writes are in flight all the time, so that the kill always hits some."""
+    key_file = tmp_path / "key"
+    create_key_file(key_file)
+    database = tmp_path / "appliance.db"
+    Store.create(database, read_key(key_file)).close()
+    before = hits = 0
+    for turn in range(5):
+        command = [sys.executable, "-c", CHARGER, str(database), str(key_file)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout
+            acknowledged = 0
+            for line in child.stdout:
+                acknowledged = int(line)
+                if acknowledged >= 100 * (turn + 1):
+                    break
+            os.kill(child.pid, signal.SIGKILL)
+            whole = child.stdout.read().splitlines(keepends=True)
+            acknowledged = max([acknowledged, *(int(line) for line in whole if line.endswith("\n"))])
+        with closing(Store.open(database, read_key(key_file))) as store:
+            [(_, _, calls)] = usage.charged(store, 0)
+            assert store.read(lambda db: db.execute("pragma integrity_check").fetchone()[0]) == "ok"
+        assert acknowledged <= calls - before <= acknowledged + 20 + 1, turn
+        hits += acknowledged < calls - before
+        before = calls
+    assert hits >= 1, "no kill came between a commit and its acknowledgement"
