@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ class Administration:
 
     def reload_keys(self) -> None:
         """The keyring holds what the store says."""
-        self.keyring.replace(Entry(digest, caller, expires) for digest, caller, expires in keys.valid(self.store))
+        self.keyring.replace(
+            Entry(k.digest, k.caller, k.expires, tuple(map(ip_network, k.networks))) for k in keys.valid(self.store)
+        )
 
     def record(self, what: str, **about: str | int | None) -> None:
         """For acts outside the database, after they are done; the others record themselves."""

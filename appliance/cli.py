@@ -619,5 +619,7 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return ", ".join(f"{k} {v}" for k, v in value.items())
+        return ", ".join(f"{k} {v}" for k, v in value.items() if v is not None) or "-"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "-"
     return _CONTROL.sub("\ufffd", str(value))

@@ -31,6 +31,20 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """What a key may use at most, where that is less than its account's plan; None: as the account."""
+
+    minute: int | None = None  # calls
+    hour: int | None = None
+    month: int | None = None
+    concurrent: int | None = None
+    tokens_per_day: int | None = None
+
+
+AS_ACCOUNT = KeyLimits()
+
+
+@dataclass(frozen=True, slots=True)
 class Caller:
     """Who is calling: a key that was found valid, and the account that pays."""
 
@@ -39,6 +53,7 @@ class Caller:
     plan: str
     key_id: str
     scope: Scope
+    limits: KeyLimits = AS_ACCOUNT
 
 
 @dataclass(frozen=True, slots=True)

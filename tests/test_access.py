@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from ipaddress import ip_network
 
 import pytest
 
@@ -11,6 +12,7 @@ from appliance.access.keys import bearer, digest, display, generate, looks_like_
 from appliance.access.plans import PLANS
 from appliance.messages import Caller
 
+HERE = "192.0.2.1"
 ADA = Caller("acc_1", "ada", "community", "key_1", "llm")
 
 
@@ -27,7 +29,7 @@ def test_a_key_has_the_seeds_form_and_is_never_the_same() -> None:
 )
 def test_whatever_is_not_of_the_form_is_not_hashed(text: str) -> None:
     assert not looks_like_key(text)
-    assert KeyRing([Entry(digest(text), ADA)]).find(text, 0) is None
+    assert KeyRing([Entry(digest(text), ADA)]).find(text, 0, HERE) is None
 
 
 @pytest.mark.parametrize(
@@ -51,13 +53,32 @@ def test_exactly_one_bearer_is_read(values: list[bytes], found: str | None) -> N
 def test_a_key_is_found_by_the_hash_of_all_of_it_until_it_ends() -> None:
     key, other = generate(), generate()
     ring = KeyRing([Entry(digest(key), ADA, expires=100)])
-    assert ring.find(key, 99.9) == ADA
-    assert ring.find(key, 100) is None
-    assert ring.find(other, 0) is None
-    assert ring.find(key[:-1] + ("a" if key[-1] != "a" else "b"), 0) is None
-    assert ring.find(digest(key).hex(), 0) is None, "the hash is no credential"
+    assert ring.find(key, 99.9, HERE) == ADA
+    assert ring.find(key, 100, HERE) is None
+    assert ring.find(other, 0, HERE) is None
+    assert ring.find(key[:-1] + ("a" if key[-1] != "a" else "b"), 0, HERE) is None
+    assert ring.find(digest(key).hex(), 0, HERE) is None, "the hash is no credential"
     ring.replace([])
-    assert (ring.find(key, 0), len(ring)) == (None, 0)
+    assert (ring.find(key, 0, HERE), len(ring)) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("ip", "known"),
+    [
+        ("10.1.2.3", True),
+        ("11.1.2.3", False),
+        ("::ffff:10.1.2.3", True),
+        ("2001:db8::1", True),
+        ("2001:db9::1", False),
+        ("", False),
+        ("nonsense", False),
+    ],
+)
+def test_a_key_with_networks_is_known_only_from_there(ip: str, known: bool) -> None:
+    key = generate()
+    ring = KeyRing([Entry(digest(key), ADA, networks=(ip_network("10.0.0.0/8"), ip_network("2001:db8::/32")))])
+    assert (ring.find(key, 0, ip) == ADA) == known
+    assert KeyRing([Entry(digest(key), ADA)]).find(key, 0, ip) == ADA, "one without networks is known from everywhere"
 
 
 def test_what_is_shown_of_a_key_tells_keys_apart_and_no_more() -> None:

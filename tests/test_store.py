@@ -340,7 +340,7 @@ def test_a_key_is_kept_as_its_hash(store: Store) -> None:
     account = accounts.create(store, "a", "community")
     made = keys.create(store, account.id, "n", "llm", keys.NewKey(b"h" * 32, "oai_abcd", "wxyz"), "test")
     assert (made.prefix, made.last_four, made.scope, made.revoked) == ("oai_abcd", "wxyz", "llm", None)
-    assert [digest for digest, _, _ in keys.valid(store)] == [b"h" * 32]
+    assert [k.digest for k in keys.valid(store)] == [b"h" * 32]
     first = keys.revoke(store, made.id)
     assert keys.revoke(store, made.id).revoked == first.revoked is not None
     assert keys.valid(store) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_address
 
 from appliance.access.keys import digest, looks_like_key
 from appliance.messages import Caller
@@ -12,11 +13,12 @@ from appliance.messages import Caller
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A key's hash, whom it names, and when it ends (epoch seconds; None: never)."""
+    """A key's hash, whom it names, when it ends (epoch seconds; None: never), and from where it may be used."""
 
     digest: bytes
     caller: Caller
     expires: int | None = None
+    networks: tuple[IPv4Network | IPv6Network, ...] = ()  # none: from everywhere
 
 
 class KeyRing:
@@ -33,12 +35,23 @@ class KeyRing:
         """From now on these keys are valid, and no others."""
         self._entries = {entry.digest: entry for entry in entries}
 
-    def find(self, key: str | None, now: float) -> Caller | None:
-        """Whom `key` names; None for a missing, malformed, unknown, revoked or expired one."""
+    def find(self, key: str | None, now: float, ip: str) -> Caller | None:
+        """Whom `key` names; None for a missing, malformed, unknown, revoked or expired one, or from elsewhere."""
         if key is None or not looks_like_key(key):
             return None
         hashed = digest(key)
         entry = self._entries.get(hashed)
         if entry is None or not hmac.compare_digest(entry.digest, hashed):
             return None
-        return entry.caller if entry.expires is None or now < entry.expires else None
+        if entry.expires is not None and now >= entry.expires:
+            return None
+        return entry.caller if not entry.networks or _within(ip, entry.networks) else None
+
+
+def _within(ip: str, networks: tuple[IPv4Network | IPv6Network, ...]) -> bool:
+    try:
+        address = ip_address(ip)
+    except ValueError:  # a Unix socket's peer has none
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return any((mapped or address) in network for network in networks)

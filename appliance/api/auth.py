@@ -20,5 +20,6 @@ class Auth:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             values = [value for name, value in scope["headers"] if name == b"authorization"]
-            scope["state"]["caller"] = self.keyring.find(bearer(values), time.time())
+            ip = scope["client"][0] if scope["client"] else ""
+            scope["state"]["caller"] = self.keyring.find(bearer(values), time.time(), ip)
         await self.app(scope, receive, send)

@@ -94,3 +94,10 @@ def m003_usage(db: Database) -> None:
             primary key (account_id, day, key_id, endpoint, provider, model)
         ) strict, without rowid
     """)
+
+
+@migrations()
+def m004_narrower_keys(db: Database) -> None:
+    """Keys of their own limits and networks, and who takes a rotated one's place."""
+    for column in ("networks text", "limits text", "successor text references keys(id)"):
+        db.execute(f"alter table keys add column {column}")
