@@ -6,7 +6,8 @@ Every operation takes plain values and returns plain values that JSON can hold.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from ipaddress import ip_network
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any
 from appliance.access import keys as key_form
 from appliance.access.keyring import Entry, KeyRing
 from appliance.catalog import Catalog, Model
-from appliance.errors import BadRequest, ModelError, NotFound
+from appliance.errors import BadRequest, ModelError, NotFound, Unavailable
 from appliance.store import accounts, audit, backup, keys
 from appliance.store.database import Store
 from appliance.store.ids import COMMAND_LINE
 from appliance.store.keyfile import MasterKey
+
+log = logging.getLogger("appliance.administration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +36,12 @@ class Administration:
 
     def reload_keys(self) -> None:
         """The keyring holds what the store says."""
-        self.keyring.replace(
+        self.keyring.reload(self._valid_keys)
+
+    def _valid_keys(self) -> Iterable[Entry]:
+        return [
             Entry(k.digest, k.caller, k.expires, tuple(map(ip_network, k.networks))) for k in keys.valid(self.store)
-        )
+        ]
 
     def record(self, what: str, **about: str | int | None) -> None:
         """For acts outside the database, after they are done; the others record themselves."""
@@ -81,7 +87,10 @@ class Administration:
 
     def backup(self, file: str) -> dict[str, Any]:
         report = backup.backup(self.store, Path(file), self.master_key)
-        self.record("backup", bytes=report.bytes)
+        try:
+            self.record("backup", bytes=report.bytes)
+        except Unavailable as error:  # a full disk is a good reason for a backup
+            log.warning("the backup is good, but was not noted in the audit log: %s", error.message)
         return {"path": str(report.path), "bytes": report.bytes, "tables": report.tables}
 
 

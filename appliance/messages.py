@@ -54,6 +54,7 @@ class Caller:
     key_id: str
     scope: Scope
     limits: KeyLimits = AS_ACCOUNT
+    lineage: str = ""  # under which the limits of the key are counted
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,10 @@ def admission(wait: float = 5.0) -> Admission:
     return Admission(wait_seconds=wait, clock=lambda: NOON)
 
 
-async def enter(door: Admission, terms: Terms = TERMS) -> Entry:
-    return await door.enter(terms, counts=True, leases=True)
+async def enter(door: Admission, terms: Terms = TERMS, *, counts: bool = True, leases: bool = True) -> Entry:
+    entry = door.reserve(terms, counts=counts, leases=leases)
+    await door.turn(entry)
+    return entry
 
 
 def test_a_hundred_at_once_of_which_exactly_twenty_get_in() -> None:
@@ -76,6 +78,36 @@ def test_a_call_that_is_cancelled_while_it_waits_leaves_the_line_and_pays_nothin
     asyncio.run(scenario())
 
 
+def test_a_limit_that_falls_while_a_call_waits_refuses_it_in_words() -> None:
+    async def scenario() -> None:
+        door = admission(wait=0.05)
+        wide = Terms(TERMS.payers, (Room("a", 3),))
+        held = [await enter(door, wide) for _ in range(3)]
+        waiting = asyncio.ensure_future(enter(door, wide))
+        await asyncio.sleep(0.01)
+        door.end(door.reserve(Terms(TERMS.payers, (Room("a", 1),)), counts=False, leases=True))
+        door.end(held[0])
+        with pytest.raises(RateLimited, match="1 call may run at the same time"):
+            await waiting
+
+    asyncio.run(scenario())
+
+
+def test_a_waiting_call_is_told_its_place_and_how_long_it_may_take() -> None:
+    async def scenario() -> None:
+        door = admission()
+        held = [await enter(door) for _ in range(2)]
+        entries = [door.reserve(TERMS, counts=True, leases=True) for _ in range(2)]
+        leases = [entry.lease for entry in entries if entry.lease is not None]
+        assert [door.leases.place(lease) for lease in leases] == [1, 2]
+        assert 0 < door.estimate(leases[0]) < door.estimate(leases[1])
+        for entry in held:
+            door.end(entry)
+        await asyncio.gather(*map(door.turn, entries))
+
+    asyncio.run(scenario())
+
+
 def test_the_charge_of_our_own_failure_is_given_back_once() -> None:
     async def scenario() -> None:
         door = admission()
@@ -92,7 +124,7 @@ def test_the_charge_of_our_own_failure_is_given_back_once() -> None:
 def test_only_what_an_endpoint_asks_for_is_taken(counts: bool, leases: bool) -> None:
     async def scenario() -> None:
         door = admission()
-        entry = await door.enter(TERMS, counts=counts, leases=leases)
+        entry = await enter(door, TERMS, counts=counts, leases=leases)
         assert door.windows.used("a", NOON)["minute"] == counts
         assert door.leases.held("a") == leases
         door.end(entry)

@@ -19,7 +19,7 @@ from appliance.access.windows import Payer
 from appliance.api.access_log import AccessLog
 from appliance.api.guard import Guard
 from appliance.api.limits import Limits
-from appliance.errors import Forbidden
+from appliance.errors import Forbidden, NotFound
 from appliance.messages import Caller
 
 NOON = 1_773_144_000  # 2026-03-10, 12:00 UTC
@@ -31,11 +31,17 @@ class Stack:
     """The layers around four routes; `hold` keeps a call inside until it is set."""
 
     def __init__(self, terms: Terms = TERMS) -> None:
-        self.admission = Admission(wait_seconds=0.1, clock=lambda: NOON + 12.4)
+        self.admission = Admission(wait_seconds=0.1, clock=lambda: NOON + 12.6)
         self.hold = asyncio.Event()
         self.hold.set()
-        routes = [Route(f"/{f.__name__}", self._gated(f)) for f in (self.ok, self.crash, self.stream, self.forbidden)]
-        self.app = AccessLog(Limits(Guard(self._auth(Router(routes))), self.admission, lambda caller: terms))
+        routes = [
+            Route(f"/{f.__name__}", self._gated(f))
+            for f in (self.ok, self.crash, self.stream, self.forbidden, self.gone)
+        ]
+        self.app = AccessLog(Limits(Guard(self._auth(Router(routes))), self.admission, self._terms_of(terms)))
+
+    def _terms_of(self, terms: Terms) -> Callable[[Caller | None, str], Terms]:
+        return lambda caller, ip: terms if caller else Terms()
 
     def _auth(self, app: Any) -> Any:
         async def named(scope: Any, receive: Any, send: Any) -> None:
@@ -50,7 +56,8 @@ class Stack:
             if handler == self.forbidden:
                 raise Forbidden("Not with this key.")
             if request.state.caller:
-                await request.state.turn.enter(request.state.caller, counts=True, leases=True)
+                request.state.turn.reserve(counts=True, leases=True)
+                await request.state.turn.wait()
             return await handler()
 
         return handle
@@ -64,6 +71,9 @@ class Stack:
 
     async def forbidden(self) -> Response:
         return JSONResponse({})
+
+    async def gone(self) -> Response:
+        raise NotFound("There is no such run.")
 
     async def stream(self) -> Response:
         async def parts() -> AsyncIterator[bytes]:
@@ -111,8 +121,8 @@ def test_every_answer_to_a_known_caller_has_the_headers() -> None:
 def test_what_is_refused_or_fails_by_our_fault_does_not_count() -> None:
     async def scenario() -> None:
         stack = Stack()
-        for path in ("/forbidden", "/nothing", "/crash", "/crash", "/crash", "/crash"):
-            await stack.get(path)
+        for path in ("/forbidden", "/nothing", "/gone", "/crash", "/crash", "/crash", "/crash"):
+            assert (await stack.get(path)).headers["x-ratelimit-remaining"] == "3"
         assert stack.used == 0
         statuses = [(await stack.get("/ok")).status_code for _ in range(5)]
         assert statuses == [200, 200, 200, 429, 429] and stack.used == 3
@@ -161,16 +171,70 @@ def test_a_lease_lasts_until_the_answers_end_and_a_call_that_waited_says_so(path
     run(scenario)
 
 
-@pytest.mark.parametrize("path", ["/ok", "/stream"])
-def test_a_call_that_is_cut_off_frees_its_lease_and_stays_charged(path: str) -> None:
+def test_calls_at_the_same_time_are_told_what_was_left_when_each_was_charged() -> None:
+    async def scenario() -> None:
+        stack = Stack(Terms((Payer("a", Calls(20, 200, 1_000)),), (Room("a", 50),)))
+        stack.hold.clear()
+        calls = [asyncio.ensure_future(stack.get("/ok")) for _ in range(30)]
+        await asyncio.sleep(0.05)
+        assert stack.admission.leases.held("a") == 20, "the control: they run at the same time"
+        stack.hold.set()
+        answers = await asyncio.gather(*calls)
+        left = [int(a.headers["x-ratelimit-remaining"]) for a in answers if a.status_code == 200]
+        assert sorted(left) == list(range(20))
+
+    run(scenario)
+
+
+def scope(path: str) -> dict[str, Any]:
+    headers = [(b"authorization", b"yes"), (b"host", b"test")]
+    base = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b""}
+    return {**base, "headers": headers, "client": ("192.0.2.1", 1), "scheme": "http", "http_version": "1.1"}
+
+
+def test_a_client_that_goes_frees_the_lease_and_the_call_stays_charged() -> None:
     async def scenario() -> None:
         stack = Stack()
         stack.hold.clear()
-        call = asyncio.ensure_future(stack.get(path))
+        left = asyncio.Event()
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        call = asyncio.ensure_future(stack.app(scope("/stream"), receive, send))
         await asyncio.sleep(0.01)
-        assert stack.admission.leases.held("a") == 1, "the control: the call holds its lease"
-        call.cancel()
-        await asyncio.gather(call, return_exceptions=True)
-        assert stack.admission.leases.held("a") == 0 and stack.used == 1
+        assert stack.admission.leases.held("a") == 1 and len(sent) == 2, "the control: it is in mid-stream"
+        left.set()
+        await call
+        assert (stack.admission.leases.held("a"), stack.used) == (0, 1)
+
+    run(scenario)
+
+
+def test_a_call_that_the_server_cuts_before_its_answer_costs_nothing() -> None:
+    async def scenario() -> None:
+        for path, charged in (("/ok", 0), ("/stream", 1)):
+            stack = Stack()
+            stack.hold.clear()
+            call = asyncio.ensure_future(stack.get(path))
+            await asyncio.sleep(0.01)
+            assert stack.admission.leases.held("a") == 1, "the control: the call holds its lease"
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+            assert (stack.admission.leases.held("a"), stack.used) == (0, charged)
+
+    run(scenario)
+
+
+def test_a_keys_own_limits_are_told_beside_its_accounts() -> None:
+    async def scenario() -> None:
+        stack = Stack(Terms((Payer("a", Calls(20, 200, None)), Payer("k", Calls(minute=5, month=50)))))
+        policy = (await stack.get("/ok")).headers["ratelimit-policy"]
+        assert policy == '"minute";q=5;w=60, "hour";q=200;w=3600, "month";q=50;w=2678400'
 
     run(scenario)

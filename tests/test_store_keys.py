@@ -46,21 +46,26 @@ def test_a_rotated_key_goes_on_for_the_overlap_and_its_successor_is_like_it(stor
     old, new = keys.rotate(store, made.id, NEW, 3_600, by="bert")
     assert old.expires is not None and 3_595 <= old.expires - now() <= 3_600
     assert (old.successor, new.expires, new.created_by) == (new.id, None, "bert")
+    assert old.lineage == new.lineage == made.id, "its use counts on"
+    assert {k.caller.lineage for k in keys.valid(store)} == {made.id}
+    _, third = keys.rotate(store, new.id, THIRD, 0)
+    assert third.lineage == made.id
     assert (new.account_id, new.name, new.scope, new.networks, new.limits) == (
         *(old.account_id, old.name, old.scope, old.networks),
         old.limits,
     )
-    assert {k.digest for k in keys.valid(store)} == {OLD.digest, NEW.digest}
-    assert [a.what for a in audit.listing(store)][-1] == "key.rotate"
+    assert {k.digest for k in keys.valid(store)} == {OLD.digest, NEW.digest, THIRD.digest}
+    assert audit.listing(store)[2].about == {"key": made.id, "successor": new.id, "ends": old.expires}
     with pytest.raises(Conflict):
-        keys.rotate(store, made.id, THIRD, 60)
-    assert len(keys.listing(store)) == 2, "a refused rotation leaves nothing"
+        keys.rotate(store, made.id, NewKey(b"4" * 32, "", ""), 60)
+    assert len(keys.listing(store)) == 3, "a refused rotation leaves nothing"
 
 
 def test_a_rotation_never_lengthens_a_life(store: Store, account: str) -> None:
     soon = now() + 60
     made = keys.create(store, account, "app", "llm", OLD, "anna", expires=soon)
-    assert keys.rotate(store, made.id, NEW, 86_400)[0].expires == soon
+    old, new = keys.rotate(store, made.id, NEW, 86_400)
+    assert old.expires == new.expires == soon == audit.listing(store)[-1].about["ends"]
 
 
 def test_a_key_that_has_ended_cannot_be_rotated(store: Store, account: str) -> None:

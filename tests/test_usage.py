@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.access.windows import NAMES, Limits, Payer, Windows, bounds
+from appliance.access.windows import Limits, Payer, Windows, bounds
 from appliance.errors import RateLimited
 from appliance.store import usage
 from appliance.store.database import Store
@@ -29,8 +29,12 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield made
 
 
+PLACES = [("a", "minute", NOON), ("a", "hour", NOON), ("a", "month", bounds("month", NOON)[0])]
+
+
 def charge(store: Store, *calls: Call) -> None:
-    for done in [store.write(lambda db, call=call: usage.charge(db, call)) for call in calls]:  # type: ignore[misc]
+    writes = [store.write(lambda db, call=call: usage.charge(db, call, PLACES)) for call in calls]  # type: ignore[misc]
+    for done in writes:
         done.result()
 
 
@@ -50,31 +54,40 @@ def test_calls_and_tokens_add_up_per_day_key_and_endpoint(store: Store) -> None:
 
 def test_a_charge_can_be_taken_off_again(store: Store) -> None:
     charge(store, CHAT, CHAT)
-    store.write(lambda db: usage.charge(db, CHAT, -1)).result()
-    assert list(usage.charged(store, NOON)) == [("a", "k1", 1)]
+    store.write(lambda db: usage.charge(db, CHAT, PLACES, -1)).result()
+    assert sorted(usage.windows(store)) == sorted((*place, 1) for place in PLACES)
+
+
+def test_a_newer_window_takes_the_row_and_an_older_ones_call_changes_nothing(store: Store) -> None:
+    def minute(start: int, calls: int = 1) -> None:
+        store.write(lambda db: usage.charge(db, CHAT, [("a", "minute", start)], calls)).result()
+
+    minute(NOON)
+    minute(NOON)
+    minute(NOON + 60)
+    minute(NOON)
+    minute(NOON, -1)
+    assert usage.windows(store) == [("a", "minute", NOON + 60, 1)]
+    minute(NOON + 60, -1)
+    minute(NOON + 60, -1)
+    assert usage.windows(store) == [("a", "minute", NOON + 60, 0)], "never below nothing"
 
 
 def test_windows_are_rebuilt_as_they_were(store: Store) -> None:
-    hour, month = bounds("hour", NOON)[0], bounds("month", NOON)[0]
-    charge(store, *[CHAT] * 3, *[Call("a", "k2", "/x", hour - 120)] * 4, *[Call("a", "k1", "/x", month - 1)] * 9)
+    account, key = Payer("a", Limits(20, 200, 1_000)), Payer("k1", Limits(minute=5))
     windows = Windows()
-    for window in NAMES:
-        totals: dict[str, int] = {}
-        for account, _, calls in usage.charged(store, bounds(window, NOON)[0]):
-            totals[account] = totals.get(account, 0) + calls
-        for account, calls in totals.items():
-            windows.restore(account, window, calls, NOON)
-    assert windows.used("a", NOON) == {"minute": 3, "hour": 3, "month": 7}
+    for moment in (NOON - 3_600, NOON - 60, NOON, NOON + 1, NOON + 2):
+        places = windows.take([account, key], moment).rows()
+        store.write(lambda db, places=places: usage.charge(db, CHAT, places)).result()  # type: ignore[misc]
+    rebuilt = Windows()
+    for payer, window, start, calls in usage.windows(store):
+        rebuilt.restore(payer, window, start, calls, NOON + 3)
+    for payer in ("a", "k1"):
+        assert rebuilt.used(payer, NOON + 3) == windows.used(payer, NOON + 3) == {"minute": 3, "hour": 3, "month": 5}
+    rebuilt.take([account, key], NOON + 3)
+    rebuilt.take([account, key], NOON + 3)
     with pytest.raises(RateLimited):
-        windows.take([Payer("a", Limits(minute=3))], NOON)
-
-
-def test_a_purge_deletes_old_charges_and_no_totals(store: Store) -> None:
-    old = [Call("a", f"k{n}", "/x", NOON - 60 * n) for n in range(1, 1_501)]
-    charge(store, *old, CHAT)
-    assert usage.purge(store, NOON) == 1_500
-    assert list(usage.charged(store, 0)) == [("a", "k1", 1)]
-    assert sum(r.calls for r in usage.totals(store, "a", 0, NOON)) == 1_501
+        rebuilt.take([account, key], NOON + 3)
 
 
 CHARGER = """
@@ -86,7 +99,7 @@ from appliance.store.keyfile import read_key
 store = Store.open(Path(sys.argv[1]), read_key(Path(sys.argv[2])))
 pending = []
 for n in range(10**6):
-    pending.append(store.write(lambda db: usage.charge(db, usage.Call("a", "k", "/x", 0.0))))
+    pending.append(store.write(lambda db: usage.charge(db, usage.Call("a", "k", "/x", 0.0), [("a", "month", 0)])))
     if len(pending) >= 20:
         pending.pop(0).result()
         print(n - 18, flush=True)  # so many are acknowledged
@@ -113,7 +126,7 @@ def test_after_kill_minus_nine_every_acknowledged_charge_is_there_and_none_twice
             whole = child.stdout.read().splitlines(keepends=True)
             acknowledged = max([acknowledged, *(int(line) for line in whole if line.endswith("\n"))])
         with closing(Store.open(database, read_key(key_file))) as store:
-            [(_, _, calls)] = usage.charged(store, 0)
+            [(_, _, _, calls)] = usage.windows(store)
             assert store.read(lambda db: db.execute("pragma integrity_check").fetchone()[0]) == "ok"
         assert acknowledged <= calls - before <= acknowledged + 20 + 1, turn
         hits += acknowledged < calls - before

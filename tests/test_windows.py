@@ -124,32 +124,89 @@ def test_a_charge_is_given_back_only_to_the_windows_it_was_taken_from() -> None:
     assert windows.used("a", NOON + 60) == {"minute": 1, "hour": 1, "month": 1}
 
 
+def test_of_several_payers_one_that_nears_its_month_is_enough_for_the_warning() -> None:
+    windows = Windows()
+    account, key = Payer("a", Limits(month=10)), Payer("k", Limits(minute=100))
+    for _ in range(8):
+        charge = windows.take([account, key], NOON)
+    assert charge.view == View("month", 10, 2, at("2026-04-01T00:00:00"), True)
+    windows.take([key], NOON)
+    view = windows.view([Payer("a", Limits(month=10)), Payer("k", Limits(minute=10))], NOON)
+    assert view is not None and (view.window, view.nearly) == ("minute", True)
+
+
+def test_a_charge_knows_what_was_left_when_it_was_taken() -> None:
+    windows = Windows()
+    views = [windows.take([COMMUNITY], NOON).view for _ in range(20)]
+    assert [view.remaining for view in views if view] == list(range(19, -1, -1))
+
+
+@pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("step", [-3_600, 3_600])
 @pytest.mark.parametrize("now", ["2026-03-31T23:30:00", "2026-04-01T00:20:00", "2026-03-10T12:00:30"])
-def test_a_clock_that_is_set_gives_no_second_month(now: str, step: int) -> None:
-    """However the clock is set by an hour and back, two months give at most two months' calls."""
+def test_a_clock_that_is_set_gives_no_second_month(now: str, step: int, restart: bool) -> None:
+    """However the clock is set by an hour and back, and the process started again: two months, two allowances."""
     windows = Windows()
     month = Payer("a", Limits(month=100))
     taken = 0
+    kept: dict[tuple[str, str], tuple[int, int]] = {}  # as a store keeps the newest window
     for moment in (at(now), at(now) + step, at(now), at(now) + step, at(now), at("2026-04-02T00:00:00")):
+        windows.forget(moment)
+        if restart:
+            windows = Windows()
+            for (payer, window), (start, calls) in kept.items():
+                windows.restore(payer, window, start, calls, moment)
         for _ in range(150):
             try:
-                windows.take([month], moment)
-                taken += 1
+                charge = windows.take([month], moment)
             except MonthlyLimitReached as error:
                 assert error.retry_after is not None and error.retry_after >= 1
-    assert taken <= 200
+            else:
+                taken += 1
+                for payer, window, start in charge.rows():
+                    before, calls = kept.get((payer, window), (start, 0))
+                    if start >= before:
+                        kept[payer, window] = (start, calls * (start == before) + 1)
+    assert 100 <= taken <= 200
 
 
-def test_a_restored_count_goes_on_and_what_has_ended_is_forgotten() -> None:
+def test_minute_and_hour_follow_a_clock_that_is_set_back_but_keep_what_was_used() -> None:
     windows = Windows()
-    windows.restore("a", "month", 999, NOON)
+    three = Payer("a", Limits(minute=3))
+    for _ in range(3):
+        windows.take([three], NOON + 1_800)
+    with pytest.raises(RateLimited) as caught:
+        windows.take([three], NOON - 1_800)
+    assert caught.value.retry_after == 60
+    windows.take([three], NOON - 1_740)
+
+
+def test_a_clock_that_was_far_ahead_does_not_lock_anybody_out() -> None:
+    windows = Windows()
+    few = Payer("a", Limits(month=1))
+    windows.take([few], at("2031-01-01T00:00:00"))
+    with pytest.raises(MonthlyLimitReached):
+        windows.take([few], NOON)
+    windows.take([few], at("2026-04-01T00:00:00"))
+    restarted = Windows()
+    restarted.restore("a", "month", at("2031-01-01T00:00:00"), 1, NOON)
+    restarted.take([few], NOON)
+
+
+def test_a_restored_count_goes_on_and_what_has_long_ended_is_forgotten() -> None:
+    windows = Windows()
+    windows.restore("a", "month", at("2026-03-01T00:00:00"), 999, NOON)
+    windows.restore("a", "hour", NOON - 7_200, 200, NOON)
     windows.take([COMMUNITY], NOON)
     with pytest.raises(MonthlyLimitReached):
         windows.take([COMMUNITY], NOON)
-    windows.forget(NOON)
-    assert len(windows) == 1
-    windows.forget(at("2026-04-01T00:00:00"))
+    windows.take([Payer("address", Limits(minute=5))], NOON)
+    assert len(windows) == 2
+    windows.forget(at("2026-03-12T12:00:00"))
+    assert len(windows) == 1, "whose longest limit is a minute is soon forgotten"
+    windows.forget(at("2026-04-01T23:59:59"))
+    assert len(windows) == 1, "an hour's step back would still come into that month"
+    windows.forget(at("2026-04-02T00:00:00"))
     assert len(windows) == 0
 
 

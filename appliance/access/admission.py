@@ -1,7 +1,7 @@
 """Admission of one call: its place in the windows first, then its turn among the calls that run. Knows no HTTP.
 
 The windows are charged on arrival, so that a call that is over the limit learns it at once; a call that waits in vain
-for its turn gets the charge back. Whoever is let in holds an `Entry`, which must be ended, whatever happens.
+for its turn gets the charge back. Whoever has reserved holds an `Entry`, which must be ended, whatever happens.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ class Terms:
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """A call that was let in. `waited` is how long it waited for its turn, in seconds."""
+    """A call that has come: charged, and with its lease or in line for it. `waited` is how long, in seconds."""
 
     charge: Charge | None
-    lease: Lease | None
+    lease: Lease | None = None
+    turn: asyncio.Event = field(default_factory=asyncio.Event)
     waited: float = 0.0
     began: float = field(default_factory=time.monotonic)
     ended: bool = False
@@ -49,25 +50,42 @@ class Admission:
         self._clock = clock
         self._usual = USUAL_SECONDS
 
-    def view(self, terms: Terms, *, refused: bool = False) -> View | None:
-        """The window that headers show now."""
-        return self.windows.view(terms.payers, self._clock(), refused=refused)
-
     def now(self) -> float:
         """Epoch seconds, by the clock that the windows go by."""
         return self._clock()
 
-    async def enter(self, terms: Terms, *, counts: bool, leases: bool) -> Entry:
-        """Lets a call in, after its turn came. Raises RateLimited or MonthlyLimitReached, and then nothing is held."""
-        charge = self.windows.take(terms.payers, self._clock()) if counts else None
-        entry = Entry(charge, None)
+    def view(self, terms: Terms, *, refused: bool = False) -> View | None:
+        """The window that headers show now."""
+        return self.windows.view(terms.payers, self._clock(), refused=refused)
+
+    def reserve(self, terms: Terms, *, counts: bool, leases: bool) -> Entry:
+        """Charges a call, and takes its lease or its place in line. Raises RateLimited or MonthlyLimitReached."""
+        entry = Entry(self.windows.take(terms.payers, self._clock()) if counts else None)
+        if leases and terms.rooms:
+            entry.lease = self.leases.ask(terms.rooms, entry.turn.set)
+        return entry
+
+    async def turn(self, entry: Entry) -> None:
+        """Waits until the call may run. Raises RateLimited when its turn does not come in time; it is ended then, as
+        when the waiting is cancelled."""
+        lease = entry.lease
+        if lease is None or lease.state is State.HELD:
+            return
+        started = time.monotonic()
         try:
-            if leases and terms.rooms:
-                await self._turn(entry, terms)
+            async with asyncio.timeout(self._wait_seconds):
+                await entry.turn.wait()
+        except TimeoutError:
+            if not self._holds(lease):  # else its turn came in the last moment
+                refusal = self._no_turn(lease)
+                self.end(entry, give_back=True)
+                raise refusal from None
         except BaseException:
             self.end(entry, give_back=True)
             raise
-        return entry
+        finally:
+            entry.began = time.monotonic()
+            entry.waited = entry.began - started
 
     def end(self, entry: Entry, *, give_back: bool = False) -> None:
         """The call is over. Its charge is given back when it failed by our fault. Harmless the second time."""
@@ -83,23 +101,15 @@ class Admission:
 
     def estimate(self, lease: Lease) -> float:
         """Seconds until its turn, from its place and how long calls usually take."""
-        return self._usual * self.leases.place(lease) / lease.rooms[0].limit
-
-    async def _turn(self, entry: Entry, terms: Terms) -> None:
-        turn = asyncio.Event()
-        entry.lease = lease = self.leases.ask(terms.rooms, turn.set)
-        if lease.state is State.WAITING:
-            started = time.monotonic()
-            try:
-                async with asyncio.timeout(self._wait_seconds):
-                    await turn.wait()
-            except TimeoutError:
-                raise self._no_turn(lease) from None
-            entry.waited = time.monotonic() - started
-            entry.began = time.monotonic()
+        return self._usual * self.leases.place(lease) / self.leases.limit(lease.rooms[0])
 
     def _no_turn(self, lease: Lease) -> RateLimited:
-        full = next(room for room in lease.rooms if self.leases.held(room.id) >= room.limit)
-        calls = "1 call" if full.limit == 1 else f"{full.limit} calls"
+        rooms = [room for room in lease.rooms if self.leases.held(room.id) >= self.leases.limit(room)]
+        limit = self.leases.limit(rooms[0] if rooms else lease.rooms[0])
+        calls = "1 call" if limit == 1 else f"{limit} calls"
         text = f"{calls} may run at the same time, and none ended within {self._wait_seconds:g} s."
         return RateLimited(text, retry_after=max(1, math.ceil(self.estimate(lease))))
+
+    @staticmethod
+    def _holds(lease: Lease) -> bool:
+        return lease.state is State.HELD

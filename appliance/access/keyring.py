@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
@@ -26,6 +27,7 @@ class KeyRing:
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self._entries: dict[bytes, Entry] = {}
+        self._lock = threading.Lock()
         self.replace(entries)
 
     def __len__(self) -> int:
@@ -34,6 +36,11 @@ class KeyRing:
     def replace(self, entries: Iterable[Entry]) -> None:
         """From now on these keys are valid, and no others."""
         self._entries = {entry.digest: entry for entry in entries}
+
+    def reload(self, load: Callable[[], Iterable[Entry]]) -> None:
+        """Replaces the keys by what `load` reads; one after the other, so that an older state never comes last."""
+        with self._lock:
+            self.replace(load())
 
     def find(self, key: str | None, now: float, ip: str) -> Caller | None:
         """Whom `key` names; None for a missing, malformed, unknown, revoked or expired one, or from elsewhere."""

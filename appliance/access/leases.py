@@ -75,6 +75,10 @@ class Leases:
         """Calls that run."""
         return self._held[room]
 
+    def limit(self, room: Room) -> int:
+        """The one that counts now."""
+        return self._limits.get(room.id, room.limit)
+
     def waiting(self, account: str) -> int:
         """Calls that wait their turn."""
         return len(self._waiting.get(account, ()))

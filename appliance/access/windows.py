@@ -3,8 +3,9 @@
 A call takes one place in every window of its account (and of its key, where that has narrower limits), all of them or
 none. Knows no plan, store or HTTP: limits come with each call, so that a changed plan applies to the next one.
 
-A window never goes back: where the clock is set back, the later window goes on until its own end, so that no second
-allowance begins; where it is set forward, the window that begins then is the one that counts when the time comes.
+The month never goes back: where the clock is set back, the later month goes on, so that no second allowance begins;
+where it was set forward, the month that began then is the one that counts when the time comes. Minute and hour follow
+a clock that is set back, and keep what was used of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from appliance.errors import MonthlyLimitReached, RateLimited
 
 NAMES = ("minute", "hour", "month")
 MONTH = 2  # place of the month among them
+LONGEST_STEP = 32 * 86_400  # seconds; a clock that was further ahead was wrong
+KEPT = 86_400  # seconds
 NEARLY = 0.8  # share of the month from which a warning is given
 
 
@@ -51,28 +54,40 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """A place taken in every window, to be given back as a whole."""
+    """A place taken in every window, to be given back as a whole, and the view of that moment."""
 
     payers: tuple[str, ...]
     starts: tuple[tuple[int, ...], ...]  # per payer, of its windows when it was taken
+    view: View | None
+
+    def rows(self) -> list[tuple[str, str, int]]:
+        """(payer, window, its start) of every place, as a store keeps it."""
+        return [
+            (payer, name, start)
+            for payer, starts in zip(self.payers, self.starts, strict=True)
+            for name, start in zip(NAMES, starts, strict=True)
+        ]
 
 
 class _Counts:
     """What one payer has used of its current windows."""
 
-    __slots__ = ("ends", "starts", "used")
+    __slots__ = ("ends", "longest", "starts", "used")
 
     def __init__(self) -> None:
         self.starts = [0, 0, 0]
         self.ends = [0, 0, 0]
         self.used = [0, 0, 0]
+        self.longest = 0  # place of the longest window that was limited
 
     def roll(self, now: float) -> None:
-        """Begins the windows that are due."""
-        for i in range(len(NAMES)):
+        """Begins the windows that are due, and follows a clock that was set back."""
+        for i, name in enumerate(NAMES):
             if now >= self.ends[i]:
-                self.starts[i], self.ends[i] = bounds(NAMES[i], now)
+                self.starts[i], self.ends[i] = bounds(name, now)
                 self.used[i] = 0
+            elif now < self.starts[i] - (LONGEST_STEP if i == MONTH else 0):
+                self.starts[i], self.ends[i] = bounds(name, now)
 
 
 class Windows:
@@ -86,7 +101,7 @@ class Windows:
 
     def take(self, payers: Sequence[Payer], now: float) -> Charge:
         """Charges one call to all `payers`. Raises RateLimited or MonthlyLimitReached, and charges nobody."""
-        counts = [self._current(payer.id, now) for payer in payers]
+        counts = [self._current(payer, now) for payer in payers]
         full = [
             (counted.ends[i], NAMES[i])
             for payer, counted in zip(payers, counts, strict=True)
@@ -97,7 +112,8 @@ class Windows:
             raise _refusal(full, now)
         for counted in counts:
             counted.used = [n + 1 for n in counted.used]
-        return Charge(tuple(payer.id for payer in payers), tuple(tuple(counted.starts) for counted in counts))
+        starts = tuple(tuple(counted.starts) for counted in counts)
+        return Charge(tuple(payer.id for payer in payers), starts, self.view(payers, now))
 
     def give_back(self, charge: Charge) -> None:
         """Takes a charge off again, where its windows still run; at most once per charge is the caller's business."""
@@ -110,10 +126,12 @@ class Windows:
     def view(self, payers: Iterable[Payer], now: float, *, refused: bool = False) -> View | None:
         """The window with the smallest share left, of equals the shorter (after a refusal the longer, for which the
         caller has to wait); None where nothing is limited."""
+        payers = list(payers)
+        counts = [self._current(payer, now) for payer in payers]
+        nearly = any(_nearly(payer.limits, counted) for payer, counted in zip(payers, counts, strict=True))
         tightest: tuple[float, int] | None = None
         shown: View | None = None
-        for payer in payers:
-            counted = self._current(payer.id, now)
+        for payer, counted in zip(payers, counts, strict=True):
             for i, limit in enumerate(payer.limits):
                 if limit is None:
                     continue
@@ -121,26 +139,33 @@ class Windows:
                 rank = (left / limit if limit else 0.0, -i if refused else i)
                 if tightest is None or rank < tightest:
                     tightest = rank
-                    shown = View(NAMES[i], limit, left, counted.ends[i], _nearly(payer.limits, counted))
+                    shown = View(NAMES[i], limit, left, counted.ends[i], nearly)
         return shown
 
     def used(self, payer: str, now: float) -> dict[str, int]:
         """Calls in each current window."""
-        return dict(zip(NAMES, self._current(payer, now).used, strict=True))
+        return dict(zip(NAMES, self._current(Payer(payer, Limits()), now).used, strict=True))
 
-    def restore(self, payer: str, window: str, calls: int, now: float) -> None:
-        """Sets what a store remembers of the window that runs at `now`."""
-        self._current(payer, now).used[NAMES.index(window)] = calls
+    def restore(self, payer: str, window: str, start: int, calls: int, now: float) -> None:
+        """Sets what a store remembers of a window, if it still counts at `now`."""
+        i, (begins, ends) = NAMES.index(window), bounds(window, start)
+        if now < ends and begins <= now + LONGEST_STEP:
+            counted = self._payers.setdefault(payer, _Counts())
+            counted.starts[i], counted.ends[i], counted.used[i] = begins, ends, calls
+            counted.longest = max(counted.longest, i)
 
     def forget(self, now: float) -> None:
-        """Drops payers whose every window has ended."""
-        self._payers = {name: c for name, c in self._payers.items() if now < max(c.ends) and any(c.used)}
+        """Drops payers whose longest limited window ended a day ago: sooner, the clock might be set back into it."""
+        self._payers = {name: c for name, c in self._payers.items() if now < c.ends[c.longest] + KEPT}
 
-    def _current(self, payer: str, now: float) -> _Counts:
-        counted = self._payers.get(payer)
+    def _current(self, payer: Payer, now: float) -> _Counts:
+        counted = self._payers.get(payer.id)
         if counted is None:
-            counted = self._payers[payer] = _Counts()
+            counted = self._payers[payer.id] = _Counts()
         counted.roll(now)
+        for i, limit in enumerate(payer.limits):
+            if limit is not None and i > counted.longest:
+                counted.longest = i
         return counted
 
 

@@ -1,12 +1,15 @@
 """Rate limits at the HTTP edge: the headers on every answer, and the end of a call's lease, whatever ends the call.
 
 Outside the guard, so that errors pass here too. The gate lets a call in, through the `Turn` in the request's state,
-once it knows that the caller may use the endpoint: what is refused before does not count.
+once it knows that the caller may use the endpoint. A call that ends as 401, 403, 404 or 429 does not count, nor one
+that fails by our fault, 5xx, or that the server cuts before its answer began.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import math
+from collections.abc import Callable, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,8 +18,9 @@ from appliance.access.windows import NAMES, Payer, View, bounds
 from appliance.messages import Caller
 
 Headers = list[tuple[bytes, bytes]]
-TermsOf = Callable[[Caller], Terms]
+TermsOf = Callable[[Caller | None, str], Terms]  # of a caller, or of a stranger at an address
 
+FREE = (401, 403, 404, 429)
 _SHOWN = (
     "X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, X-RateLimit-Window, X-RateLimit-Warning, "
     "RateLimit-Policy, RateLimit, Retry-After, X-Queue-Wait-Ms, X-Request-Id"
@@ -24,28 +28,34 @@ _SHOWN = (
 
 
 class Turn:
-    """One request's way in; `enter` at most once."""
+    """One request's way in: `reserve` first, at most once, and `wait` for the lease then."""
 
-    def __init__(self, admission: Admission, terms_of: TermsOf) -> None:
+    def __init__(self, admission: Admission, terms: Callable[[], Terms]) -> None:
         self._admission = admission
-        self._terms_of = terms_of
+        self._terms = terms
         self.entry: Entry | None = None
 
-    async def enter(self, caller: Caller, *, counts: bool, leases: bool) -> Entry:
-        """Charges the call and waits for its lease. Raises RateLimited or MonthlyLimitReached."""
-        self.entry = await self._admission.enter(self._terms_of(caller), counts=counts, leases=leases)
+    def reserve(self, *, counts: bool, leases: bool) -> Entry:
+        """Charges the call. Raises RateLimited or MonthlyLimitReached."""
+        self.entry = self._admission.reserve(self._terms(), counts=counts, leases=leases)
         return self.entry
 
-    def headers(self, caller: Caller, status: int) -> Headers:
-        """What an answer of this status says of the caller's limits."""
-        terms = self._terms_of(caller)
-        view = self._admission.view(terms, refused=status == 429)
-        if view is None:
-            return []
-        shown = limit_headers(view, terms.payers, self._admission.now())
+    async def wait(self) -> None:
+        """Until the call may run. Raises RateLimited when its turn does not come."""
+        if self.entry is not None:
+            await self._admission.turn(self.entry)
+
+    def headers(self, status: int) -> Headers:
+        """What an answer of this status says of the caller's limits: as they were when the call was charged."""
+        shown: Headers = []
         if self.entry is not None and self.entry.waited:
             shown.append((b"x-queue-wait-ms", b"%d" % (1_000 * self.entry.waited)))
-        return shown
+        terms, now = self._terms(), self._admission.now()
+        charge = self.entry.charge if self.entry is not None else None
+        view = charge.view if charge is not None and status not in FREE and status < 500 else None
+        if view is None or view.reset <= now:
+            view = self._admission.view(terms, refused=status == 429)
+        return shown + (limit_headers(view, terms.payers, now) if view is not None else [])
 
     def end(self, *, give_back: bool) -> None:
         if self.entry is not None:
@@ -53,7 +63,7 @@ class Turn:
 
 
 class Limits:
-    """Gives every request its `Turn`, stamps every answer to a known caller, and ends the turn."""
+    """Gives every request its `Turn`, stamps every answer, and ends the turn."""
 
     def __init__(self, app: ASGIApp, admission: Admission, terms_of: TermsOf) -> None:
         self.app = app
@@ -63,39 +73,41 @@ class Limits:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        turn = Turn(self._admission, self._terms_of)
         state = scope.setdefault("state", {})
-        state["turn"] = turn
-        status = 0
+        ip = scope["client"][0] if scope["client"] else ""
+        turn = state["turn"] = Turn(self._admission, lambda: self._terms_of(state.get("caller"), ip))
+        status, failed = 0, False
 
         async def stamped(message: Message) -> None:
             nonlocal status
-            caller = state.get("caller")
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if caller is not None:
-                    message = {**message, "headers": [*message.get("headers", []), *turn.headers(caller, status)]}
+                if status in FREE or status >= 500:
+                    turn.end(give_back=True)  # before the headers say what is left
+                message = {**message, "headers": [*message.get("headers", []), *turn.headers(status)]}
             await send(message)
 
-        failed = False
         try:
             await self.app(scope, receive, stamped)
         except Exception:
             failed = True
             raise
+        except asyncio.CancelledError:
+            failed = not status  # the server stops, and says 503 by itself
+            raise
         finally:
-            turn.end(give_back=failed or status >= 500)
+            turn.end(give_back=failed)
 
 
-def limit_headers(view: View, payers: tuple[Payer, ...], now: float) -> Headers:
+def limit_headers(view: View, payers: Sequence[Payer], now: float) -> Headers:
     """The seed's four, its warning, and the IETF draft's pair (draft-ietf-httpapi-ratelimit-headers-10)."""
     found = {
         "x-ratelimit-limit": str(view.limit),
         "x-ratelimit-remaining": str(view.remaining),
         "x-ratelimit-reset": str(view.reset),
         "x-ratelimit-window": view.window,
-        "ratelimit-policy": ", ".join(_policies(payers[0], now)),
-        "ratelimit": f'"{view.window}";r={view.remaining};t={max(1, round(view.reset - now))}',
+        "ratelimit-policy": ", ".join(_policies(payers, now)),
+        "ratelimit": f'"{view.window}";r={view.remaining};t={max(1, math.ceil(view.reset - now))}',
         "access-control-expose-headers": _SHOWN,
     }
     if view.nearly:
@@ -103,11 +115,12 @@ def limit_headers(view: View, payers: tuple[Payer, ...], now: float) -> Headers:
     return [(name.encode(), value.encode()) for name, value in found.items()]
 
 
-def _policies(payer: Payer, now: float) -> list[str]:
-    """Every limited window: `q` calls in `w` seconds."""
+def _policies(payers: Sequence[Payer], now: float) -> list[str]:
+    """Every limited window: at most `q` calls in `w` seconds, by whichever payer has the fewest."""
     policies = []
-    for name, limit in zip(NAMES, payer.limits, strict=True):
-        if limit is not None:
+    for i, name in enumerate(NAMES):
+        limits = [limit for payer in payers if (limit := payer.limits[i]) is not None]
+        if limits:
             start, end = bounds(name, now)
-            policies.append(f'"{name}";q={limit};w={end - start}')
+            policies.append(f'"{name}";q={min(limits)};w={end - start}')
     return policies

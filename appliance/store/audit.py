@@ -1,8 +1,8 @@
 """The audit log: who did what when, each row chained by its hash to the one before. Rows are never changed or removed.
 
-A row is written in the transaction of the act itself, so that neither is there without the other. The chain shows any
-later change of a row, or one that is missing between two others; whether rows are missing at its end is seen by its
-length and last hash, for whoever has noted them.
+A row is written in the transaction of the act itself, so that neither is there without the other. The chain shows a row
+that was changed or removed. Rows missing at its end, or a chain that somebody computed anew from some row on, show by
+its length and last hash, to whoever has noted these.
 """
 
 from __future__ import annotations

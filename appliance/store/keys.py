@@ -36,6 +36,7 @@ class Key:
     networks: tuple[str, ...]
     limits: KeyLimits
     successor: str | None
+    lineage: str  # the first key's id, under which the limits of all that replaced it are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,8 @@ class Valid:
 
 
 _COLUMNS = """k.id, k.account_id, a.name, k.name, k.scope, k.prefix, k.last_four, k.created, k.created_by, k.expires,
-    k.last_used, k.revoked, k.networks, k.limits, k.successor from keys k join accounts a on a.id = k.account_id"""
+    k.last_used, k.revoked, k.networks, k.limits, k.successor,
+    coalesce(k.lineage, k.id) from keys k join accounts a on a.id = k.account_id"""
 
 
 def create(
@@ -80,7 +82,7 @@ def create(
     if expires is not None and expires <= created:
         raise BadRequest("A key must end in the future.")
     row = [key_id, account_id, name, scope, new.digest, new.prefix, new.last_four, created, created_by, expires]
-    row += [json.dumps(_checked_networks(networks)), json.dumps(_checked_limits(limits))]
+    row += [json.dumps(_checked_networks(networks)), json.dumps(_checked_limits(limits)), key_id]
 
     def insert(db: Any) -> None:
         if not db.execute("select 1 from accounts where id = ?", [account_id]).fetchone():
@@ -93,21 +95,34 @@ def create(
 
 
 def rotate(store: Store, key_id: str, new: NewKey, overlap_seconds: int, *, by: str = COMMAND_LINE) -> tuple[Key, Key]:
-    """A new key of the same account, name, scope, networks and limits; the old one ends after the overlap, unless it
-    ends sooner anyway. Returns (old, new), durable. Raises NotFound, BadRequest, or Conflict for one that has ended."""
+    """A new key of the same account, name, scope, end, networks and limits, whose use counts on; the old one ends after
+    the overlap, unless it ends sooner anyway. Returns (old, new), durable. Raises NotFound, BadRequest, or Conflict for
+    one that has ended."""
     old, made_id, created = by_id(store, key_id), new_id("key"), now()
     if not 0 <= overlap_seconds <= LONGEST_OVERLAP:
         raise BadRequest(f"The overlap must be 0 to {LONGEST_OVERLAP // 86_400} days.")
-    row = [made_id, old.account_id, old.name, old.scope, new.digest, new.prefix, new.last_four, created, by, None]
-    row += [json.dumps(old.networks), json.dumps(_checked_limits(old.limits))]
-    end = """update keys set expires = min(coalesce(expires, ?1), ?1), successor = ?2
+    row = [
+        made_id,
+        old.account_id,
+        old.name,
+        old.scope,
+        new.digest,
+        new.prefix,
+        new.last_four,
+        created,
+        by,
+        old.expires,
+    ]
+    row += [json.dumps(old.networks), json.dumps(_checked_limits(old.limits)), old.lineage]
+    ends = min(old.expires or created + overlap_seconds, created + overlap_seconds)
+    end = """update keys set expires = ?1, successor = ?2
         where id = ?3 and revoked is null and successor is null and (expires is null or expires > ?4)"""
 
     def replace(db: Any) -> None:
         _insert(db, row)
-        if not db.execute(end, [created + overlap_seconds, made_id, key_id, created]).rowcount:
+        if not db.execute(end, [ends, made_id, key_id, created]).rowcount:
             raise Conflict(f"The key {key_id} has ended or was rotated already.")
-        audit.record(db, by, "key.rotate", key=key_id, successor=made_id, ends=created + overlap_seconds)
+        audit.record(db, by, "key.rotate", key=key_id, successor=made_id, ends=ends)
 
     store.write(replace, durable=True).result()
     return by_id(store, key_id), by_id(store, made_id)
@@ -116,7 +131,7 @@ def rotate(store: Store, key_id: str, new: NewKey, overlap_seconds: int, *, by: 
 def _insert(db: Any, row: list[Any]) -> None:
     db.execute(
         """insert into keys (id, account_id, name, scope, hash, prefix, last_four, created, created_by, expires,
-        networks, limits) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+        networks, limits, lineage) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
         row,
     )
 
@@ -136,9 +151,9 @@ def listing(store: Store) -> list[Key]:
 
 
 def _key(row: Sequence[Any]) -> Key:
-    *plain, networks, limits, successor = row
+    *plain, networks, limits, successor, lineage = row
     own = KeyLimits(**json.loads(limits or "{}"))
-    return Key(*[*plain, tuple(json.loads(networks or "[]")), own, successor])
+    return Key(*[*plain, tuple(json.loads(networks or "[]")), own, successor, lineage])
 
 
 def revoke(store: Store, key_id: str, *, by: str = COMMAND_LINE) -> Key:
@@ -163,11 +178,12 @@ def used(db: Any, key_ids: Sequence[str], at: int) -> None:
 
 def valid(store: Store) -> list[Valid]:
     """Every key that is neither revoked nor of a disabled account."""
-    query = """select k.hash, k.account_id, a.name, a.plan, k.id, k.scope, k.limits, k.expires, k.networks
-        from keys k join accounts a on a.id = k.account_id where k.revoked is null and a.disabled is null"""
+    query = """select k.hash, k.account_id, a.name, a.plan, k.id, k.scope, k.limits,
+        coalesce(k.lineage, k.id), k.expires, k.networks from keys k join accounts a on a.id = k.account_id
+        where k.revoked is null and a.disabled is null"""
     found = []
-    for digest, *who, limits, expires, networks in store.read(lambda db: db.execute(query).fetchall()):
-        caller = Caller(*[*who, KeyLimits(**json.loads(limits or "{}"))])
+    for digest, *who, limits, lineage, expires, networks in store.read(lambda db: db.execute(query).fetchall()):
+        caller = Caller(*[*who, KeyLimits(**json.loads(limits or "{}")), lineage])
         found.append(Valid(bytes(digest), caller, expires, tuple(json.loads(networks or "[]"))))
     return found
 
@@ -185,5 +201,5 @@ def _checked_limits(limits: KeyLimits) -> dict[str, int]:
     chosen = {name: value for name, value in asdict(limits).items() if value is not None}
     for name, value in chosen.items():
         if not 1 <= value <= 10**12:
-            raise BadRequest(f"The limit {name} of a key must be at least 1.")
+            raise BadRequest(f"The limit {name} of a key must be 1 to {10**12:,}.")
     return chosen

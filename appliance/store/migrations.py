@@ -69,15 +69,14 @@ def m002_audit(db: Database) -> None:
 def m003_usage(db: Database) -> None:
     """What was called; see `usage`."""
     db.execute("""
-        create table charges (
-            account_id text not null,
-            key_id text not null,
-            minute integer not null,
+        create table windows (
+            payer text not null,
+            window text not null,
+            start integer not null,
             calls integer not null,
-            primary key (account_id, key_id, minute)
+            primary key (payer, window)
         ) strict, without rowid
     """)
-    db.execute("create index charges_by_minute on charges(minute)")
     db.execute("""
         create table usage (
             account_id text not null,
@@ -98,6 +97,6 @@ def m003_usage(db: Database) -> None:
 
 @migrations()
 def m004_narrower_keys(db: Database) -> None:
-    """Keys of their own limits and networks, and who takes a rotated one's place."""
-    for column in ("networks text", "limits text", "successor text references keys(id)"):
+    """Keys of their own limits and networks; who takes a rotated one's place, and whose limits it inherits."""
+    for column in ("networks text", "limits text", "successor text references keys(id)", "lineage text"):
         db.execute(f"alter table keys add column {column}")

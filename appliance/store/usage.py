@@ -1,19 +1,19 @@
-"""What was called: charges per minute, from which the windows are rebuilt, and totals per day that people read.
+"""What was called: the running windows of every payer, to go on with after a restart, and totals per day for people.
 
-A charge is kept as long as a window can ask for it, the totals for good. All functions that take a `db` are to be
-called inside a write.
+A window is named by its start, as it was when the call was charged: what the clock says later is of no concern. All
+functions that take a `db` are to be called inside a write.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from appliance.store.database import Store
 
-MINUTE, DAY = 60, 86_400
-PORTION = 1_000  # rows that one transaction of a purge deletes
+DAY = 86_400
+Place = tuple[str, str, int]  # (payer, window, its start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +24,6 @@ class Call:
     key_id: str
     endpoint: str
     at: float
-
-    @property
-    def minute(self) -> int:
-        return int(self.at) // MINUTE * MINUTE
 
     @property
     def day(self) -> int:
@@ -62,13 +58,18 @@ class Total:
     seconds: float
 
 
-def charge(db: Any, call: Call, calls: int = 1) -> None:
-    """Counts a call, or takes it off again with `calls` -1."""
-    db.execute(
-        """insert into charges (account_id, key_id, minute, calls) values (?, ?, ?, ?)
-        on conflict do update set calls = calls + excluded.calls""",
-        [call.account_id, call.key_id, call.minute, calls],
-    )
+def charge(db: Any, call: Call, places: Iterable[Place], calls: int = 1) -> None:
+    """Counts a call in its windows, or takes it off again with `calls` -1. A newer window takes the older one's row,
+    and a call of an older one changes nothing there."""
+    for place in places:
+        db.execute(
+            """insert into windows (payer, window, start, calls) values (?, ?, ?, max(0, ?))
+            on conflict do update set
+                calls = case when excluded.start > start then excluded.calls else max(0, calls + ?4) end,
+                start = excluded.start
+            where excluded.start >= start""",
+            [*place, calls],
+        )
     _add(db, call, Spent("", "", 0, 0, 0, 0.0), calls)
 
 
@@ -92,10 +93,10 @@ def _add(db: Any, call: Call, spent: Spent, calls: int) -> None:
     )
 
 
-def charged(store: Store, since: int) -> Iterator[tuple[str, str, int]]:
-    """(account, key, calls) of everybody who was charged from the minute `since` on."""
-    query = "select account_id, key_id, sum(calls) from charges where minute >= ? group by account_id, key_id"
-    yield from store.read(lambda db: db.execute(query, [since]).fetchall())
+def windows(store: Store) -> list[tuple[str, str, int, int]]:
+    """(payer, window, start, calls) of every payer's newest windows."""
+    query = "select payer, window, start, calls from windows"
+    return [tuple(row) for row in store.read(lambda db: db.execute(query).fetchall())]
 
 
 def totals(store: Store, account_id: str, first_day: int, last_day: int) -> list[Total]:
@@ -105,13 +106,3 @@ def totals(store: Store, account_id: str, first_day: int, last_day: int) -> list
         order by day, key_id, endpoint, provider, model"""
     rows = store.read(lambda db: db.execute(query, [account_id, first_day, last_day]).fetchall())
     return [Total(*row) for row in rows]
-
-
-def purge(store: Store, before: int) -> int:
-    """Deletes charges of minutes before `before`, in small transactions; how many."""
-    query = """delete from charges where (account_id, key_id, minute) in
-        (select account_id, key_id, minute from charges where minute < ? limit ?)"""
-    gone = 0
-    while portion := store.write(lambda db: int(db.execute(query, [before, PORTION]).rowcount)).result():
-        gone += portion
-    return gone
