@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from ipaddress import ip_network
 
 import pytest
@@ -79,6 +80,29 @@ def test_a_key_with_networks_is_known_only_from_there(ip: str, known: bool) -> N
     ring = KeyRing([Entry(digest(key), ADA, networks=(ip_network("10.0.0.0/8"), ip_network("2001:db8::/32")))])
     assert (ring.find(key, 0, ip) == ADA) == known
     assert KeyRing([Entry(digest(key), ADA)]).find(key, 0, ip) == ADA, "one without networks is known from everywhere"
+
+
+def test_what_was_read_first_never_comes_last() -> None:
+    """A key that is revoked while another is made: whoever read the store before must not put it back."""
+    key = generate()
+    ring, reading, go_on = KeyRing(), threading.Event(), threading.Event()
+
+    def before() -> list[Entry]:
+        reading.set()
+        go_on.wait(10)
+        return [Entry(digest(key), ADA)]
+
+    slow = threading.Thread(target=ring.reload, args=(before,))
+    slow.start()
+    assert reading.wait(10)
+    after = threading.Thread(target=ring.reload, args=(lambda: [],))
+    after.start()
+    after.join(0.1)
+    assert after.is_alive(), "the control: it has to wait for the first"
+    go_on.set()
+    for thread in (slow, after):
+        thread.join(10)
+    assert ring.find(key, 0, HERE) is None
 
 
 def test_what_is_shown_of_a_key_tells_keys_apart_and_no_more() -> None:
