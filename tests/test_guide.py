@@ -153,6 +153,16 @@ def test_the_held_out_set_is_the_frozen_one_and_large_enough(tmp_path: Path) -> 
         evaluation.read(changed)
 
 
+def test_the_questions_to_tune_on_are_none_of_those_that_are_learnt(corpus: Corpus) -> None:
+    items = evaluation.development(corpus)
+    learnt = {" ".join(line.casefold().split()) for line in corpus.wordings()}
+    assert len(items) > 800 and {item.kind for item in items} == {"answer", "decline", "smalltalk", "dialogue"}
+    asked = [" ".join(item.turns[0].casefold().split()) for item in items if item.kind == "answer"]
+    assert not learnt.intersection(asked)
+    assert learnt.intersection(["how do i create a key?", "which keys exist?"]), "the control: learnt ones are found"
+    assert judged(items[0], items[0].turns, items[0].must[0][0], "stop") == ""
+
+
 ITEM = Item("x", "limits", "answer", ("How many per minute on professional?",), (("60 ", "60."), ("minute",)))
 FOREIGN = Item("y", "foreign", "decline", ("What is the capital of Peru?",), (("built-in guide",),))
 
@@ -213,7 +223,7 @@ def test_the_file_passes_the_examination(temperature: float) -> None:
     found = evaluation.summary(verdicts)
     assert found["ended"] >= 0.99 and found["loops"] == 0
     if not temperature:
-        assert found["answers"] >= 0.53 and found["declined"] >= 0.92 and found["dialogues"] >= 0.43, found
+        assert found["answers"] >= 0.88 and found["declined"] >= 0.89 and found["dialogues"] >= 0.70, found
 
 
 @pytest.fixture(scope="module")

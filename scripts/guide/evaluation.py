@@ -23,12 +23,13 @@ from appliance.config import EngineSettings
 from appliance.messages import Chunk, CompletionRequest, Message, Sampling
 from appliance.providers.local import LocalProvider
 from scripts.guide import facts
-from scripts.guide.corpus import HELD_OUT
+from scripts.guide.corpus import HELD_OUT, Corpus, load
 from scripts.guide.wording import mistyped
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "appliance-guide.gguf"
 FROZEN = "730338915ed57249585c0211703bd636dc2bc593781eea04990b19dde40216ce"
+DEVELOPMENT = HELD_OUT.with_name("development.jsonl")
 MARK = "built-in guide"
 DECLINES = "cannot answer that"
 TYPO_SEED = 7
@@ -74,6 +75,27 @@ def parsed(data: bytes) -> list[Item]:
         Item(r["id"], r["topic"], r["kind"], tuple(r["turns"]), tuple(tuple(group) for group in r["must"]))
         for r in rows
     ]
+
+
+def development(corpus: Corpus, file: Path = DEVELOPMENT) -> list[Item]:
+    """Questions to tune on, so that the frozen ones stay unseen: each wants one intent's whole answer."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [
+        Item(
+            f"d{number}",
+            row["intent"].split(".")[0],
+            _kind(row["intent"], row["turns"]),
+            tuple(row["turns"]),
+            ((corpus.intents[row["intent"]].answer,),),
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
+def _kind(intent: str, turns: Sequence[str]) -> str:
+    if len(turns) > 1:
+        return "dialogue"
+    return {"foreign": "decline", "smalltalk": "smalltalk"}.get(intent.split(".")[0], "answer")
 
 
 def judged(item: Item, said: Sequence[str], answer: str, finish: str) -> str:
@@ -190,11 +212,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="eval-builtin-model", description="Examine the built-in guide.")
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--development", action="store_true", help="the questions to tune on, not the frozen ones")
     parser.add_argument("--items", type=Path, help="other questions than the frozen ones, in the same form")
     parser.add_argument("--failures", type=Path, metavar="FILE", help="writes every failed item as a JSON line")
     parser.add_argument("--json", action="store_true", help="only the summary, as JSON")
     options = parser.parse_args(arguments)
-    items = read() if options.items is None else parsed(options.items.read_bytes())
+    if options.development:
+        items = development(load())
+    else:
+        items = read() if options.items is None else parsed(options.items.read_bytes())
     verdicts = asyncio.run(Examination(options.model, options.temperature).run(items))
     if options.failures:
         lines = [json.dumps(asdict(v)) for v in verdicts if v.problem]
