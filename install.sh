@@ -439,6 +439,12 @@ write_unit() {
     chmod 0644 "$unit_file"
 }
 
+# A unit that was kept may listen elsewhere than this run's options say.
+take_units_address() {
+    host=$(sed -n 's/^ExecStart=.* "--host" "\([^"]*\)".*/\1/p' "$unit_file")
+    port=$(sed -n 's/^ExecStart=.* "--port" "\([^"]*\)".*/\1/p' "$unit_file")
+}
+
 wait_until_active() {
     local tries
     for ((tries = 0; tries < 30; tries++)); do
@@ -457,6 +463,7 @@ PYTHON
 
 install_service() {
     write_unit
+    take_units_address
     doing="starting the service"
     systemctl daemon-reload
     systemctl enable appliance

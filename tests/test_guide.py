@@ -223,7 +223,7 @@ def test_the_file_passes_the_examination(temperature: float) -> None:
     found = evaluation.summary(verdicts)
     assert found["ended"] >= 0.99 and found["loops"] == 0
     if not temperature:
-        assert found["answers"] >= 0.88 and found["declined"] >= 0.89 and found["dialogues"] >= 0.70, found
+        assert found["answers"] >= 0.89 and found["declined"] >= 0.89 and found["dialogues"] >= 0.70, found
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def guided(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
 def test_a_fresh_box_answers_the_seeds_first_call_in_sentences(guided: Box) -> None:
     reply = guided.chat("Hello", provider="groq", max_tokens=...).json
     assert reply["model"] == "appliance-guide" and reply["finish_reason"] == "stop"
-    assert len(reply["text"].split()) > 5 and reply["text"].rstrip().endswith((".", "!", "?"))
+    assert "built-in guide" in reply["text"] and reply["text"].rstrip().endswith((".", "!", "?"))
 
 
 def test_it_says_what_it_is_everywhere(guided: Box) -> None:

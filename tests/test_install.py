@@ -27,7 +27,7 @@ from appliance import config
 
 ROOT = Path(__file__).parents[1]
 CORE = (
-    "bash env dirname basename realpath sed awk df cat sha256sum cut grep sort comm mkdir find timeout tail rm cp chmod"
+    "bash env dirname basename realpath sed awk df cat sha256sum cut grep sort comm mkdir find timeout tail rm cp chmod sleep"
 )
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may do this")
 
@@ -426,6 +426,7 @@ def test_service_is_written_enabled_started_and_removed(box: Box) -> None:
         assert again.returncode == 0, again.stderr
         assert unit.read_text() == kept and "is kept as it is" in again.stderr
         assert printed_secrets(again.stdout) == {}, "no second key"
+        assert f"127.0.0.1:{port}/llm/chat" in again.stdout, "the unit's address, not the default"
         other = str(free_port())
         assert box.install("--service", "--cpu", "--port", other).returncode == 0
         assert f'"--port" "{other}"' in unit.read_text()

@@ -30,11 +30,10 @@ ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "appliance-guide.gguf"
 FROZEN = "730338915ed57249585c0211703bd636dc2bc593781eea04990b19dde40216ce"
 DEVELOPMENT = HELD_OUT.with_name("development.jsonl")
-MARK = "built-in guide"
 DECLINES = "cannot answer that"
 TYPO_SEED = 7
 AT_ONCE = 8
-MAX_TOKENS = 200
+MAX_TOKENS = 300
 
 
 @dataclass(frozen=True, slots=True)
