@@ -423,6 +423,12 @@ WantedBy=multi-user.target
 UNIT
 }
 
+# A unit that was kept may listen elsewhere than the settings say.
+take_units_address() {
+    host=$(sed -n 's/^ExecStart=.* "--host" "\([^"]*\)".*/\1/p' "$unit_file")
+    port=$(sed -n 's/^ExecStart=.* "--port" "\([^"]*\)".*/\1/p' "$unit_file")
+}
+
 # A unit that is there already is kept unless an option asks for another; the old one is then kept beside it.
 write_unit() {
     local text
@@ -431,18 +437,13 @@ write_unit() {
     if [[ -f $unit_file && $text != "$(<"$unit_file")" ]]; then
         if [[ -z $host$port ]]; then
             echo "$unit_file is kept as it is (give --host or --port, or --uninstall first, to have it written anew)." >&2
+            take_units_address
             return
         fi
         cp -p "$unit_file" "$unit_file.old"
     fi
     printf '%s\n' "$text" >"$unit_file"
     chmod 0644 "$unit_file"
-}
-
-# A unit that was kept may listen elsewhere than this run's options say.
-take_units_address() {
-    host=$(sed -n 's/^ExecStart=.* "--host" "\([^"]*\)".*/\1/p' "$unit_file")
-    port=$(sed -n 's/^ExecStart=.* "--port" "\([^"]*\)".*/\1/p' "$unit_file")
 }
 
 wait_until_active() {
@@ -463,7 +464,6 @@ PYTHON
 
 install_service() {
     write_unit
-    take_units_address
     doing="starting the service"
     systemctl daemon-reload
     systemctl enable appliance

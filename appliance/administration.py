@@ -44,8 +44,12 @@ class Administration:
         ]
 
     def record(self, what: str, **about: str | int | None) -> None:
-        """For acts outside the database, after they are done; the others record themselves."""
-        self.store.write(lambda db: audit.record(db, COMMAND_LINE, what, **about), durable=True).result()
+        """For acts outside the database, after they are done: a full disk does not undo them, so it is only logged.
+        The others record themselves."""
+        try:
+            self.store.write(lambda db: audit.record(db, COMMAND_LINE, what, **about), durable=True).result()
+        except Unavailable as error:
+            log.warning("%s was done, but is not in the audit log: %s", what, error.message)
 
     def account_create(self, name: str, plan: str, email: str | None = None) -> dict[str, Any]:
         return asdict(accounts.create(self.store, name, plan, email))
@@ -87,10 +91,7 @@ class Administration:
 
     def backup(self, file: str) -> dict[str, Any]:
         report = backup.backup(self.store, Path(file), self.master_key)
-        try:
-            self.record("backup", bytes=report.bytes)
-        except Unavailable as error:  # a full disk is a good reason for a backup
-            log.warning("the backup is good, but was not noted in the audit log: %s", error.message)
+        self.record("backup", bytes=report.bytes)
         return {"path": str(report.path), "bytes": report.bytes, "tables": report.tables}
 
 

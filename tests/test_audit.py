@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from appliance.access import keys as key_form
+from appliance.access.keyring import KeyRing
+from appliance.administration import Administration
+from appliance.catalog import Catalog
 from appliance.errors import Conflict
 from appliance.store import accounts, audit, keys, users
 from appliance.store.database import Store
@@ -91,3 +94,15 @@ def test_rows_missing_at_the_end_show_in_length_and_head(store: Store) -> None:
 
 def test_an_empty_log_holds(store: Store) -> None:
     assert audit.verify(store) == audit.Chain(0, audit.FIRST, None)
+
+
+def test_what_is_done_outside_the_database_stays_done_when_it_cannot_be_noted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = MasterKey.generate()
+    with closing(Store.create(tmp_path / "appliance.db", key)) as store:
+        administration = Administration(store, key, Catalog(tmp_path / "models"), KeyRing())
+        administration.record("backup", bytes=1)
+        assert [row.what for row in audit.listing(store)] == ["backup"], "the control"
+    administration.record("backup", bytes=2)  # the store is closed, and takes no more writes
+    assert "backup was done, but is not in the audit log" in caplog.text

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from appliance.access.leases import Lease, Leases, Room, State
+from appliance.access.leases import Lease, Leases, Room
 from appliance.access.windows import Charge, Payer, View, Windows
 from appliance.errors import RateLimited
 
@@ -69,14 +69,14 @@ class Admission:
         """Waits until the call may run. Raises RateLimited when its turn does not come in time; it is ended then, as
         when the waiting is cancelled."""
         lease = entry.lease
-        if lease is None or lease.state is State.HELD:
+        if lease is None or lease.is_held:
             return
         started = time.monotonic()
         try:
             async with asyncio.timeout(self._wait_seconds):
                 await entry.turn.wait()
         except TimeoutError:
-            if not self._holds(lease):  # else its turn came in the last moment
+            if not lease.is_held:  # else its turn came in the last moment
                 refusal = self._no_turn(lease)
                 self.end(entry, give_back=True)
                 raise refusal from None
@@ -93,7 +93,7 @@ class Admission:
             return
         entry.ended = True
         if entry.lease is not None:
-            if entry.lease.state is State.HELD:
+            if entry.lease.is_held:
                 self._usual += SMOOTHING * (time.monotonic() - entry.began - self._usual)
             self.leases.end(entry.lease)
         if give_back and entry.charge is not None:
@@ -109,7 +109,3 @@ class Admission:
         calls = "1 call" if limit == 1 else f"{limit} calls"
         text = f"{calls} may run at the same time, and none ended within {self._wait_seconds:g} s."
         return RateLimited(text, retry_after=max(1, math.ceil(self.estimate(lease))))
-
-    @staticmethod
-    def _holds(lease: Lease) -> bool:
-        return lease.state is State.HELD

@@ -37,6 +37,10 @@ class Lease:
     def account(self) -> str:
         return self.rooms[0].id
 
+    @property
+    def is_held(self) -> bool:
+        return self.state is State.HELD
+
 
 class Leases:
     """Every lease that is held or waited for. Not thread-safe: the event loop owns it."""

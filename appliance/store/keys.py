@@ -101,19 +101,8 @@ def rotate(store: Store, key_id: str, new: NewKey, overlap_seconds: int, *, by: 
     old, made_id, created = by_id(store, key_id), new_id("key"), now()
     if not 0 <= overlap_seconds <= LONGEST_OVERLAP:
         raise BadRequest(f"The overlap must be 0 to {LONGEST_OVERLAP // 86_400} days.")
-    row = [
-        made_id,
-        old.account_id,
-        old.name,
-        old.scope,
-        new.digest,
-        new.prefix,
-        new.last_four,
-        created,
-        by,
-        old.expires,
-    ]
-    row += [json.dumps(old.networks), json.dumps(_checked_limits(old.limits)), old.lineage]
+    row = [made_id, old.account_id, old.name, old.scope, new.digest, new.prefix, new.last_four, created, by]
+    row += [old.expires, json.dumps(old.networks), json.dumps(_checked_limits(old.limits)), old.lineage]
     ends = min(old.expires or created + overlap_seconds, created + overlap_seconds)
     end = """update keys set expires = ?1, successor = ?2
         where id = ?3 and revoked is null and successor is null and (expires is null or expires > ?4)"""
