@@ -420,7 +420,7 @@ def test_a_parked_prefix_comes_back_or_is_computed_again(tiny_gguf: Path, factor
         question = "What stands on the old bridge? " * 3
         first = text_of(ask(engine, question, account="a", max_tokens=20)[1].all())
         _, other = ask(engine, "Another account", account="b", max_tokens=600)
-        wait_until(lambda: int(engine.status()["parked"]) > 0)
+        wait_until(lambda: engine.status()["parked"] == 1 and engine.status()["retained"] == 0)
         assert int(engine.status()["parked_bytes"]) > 0
         ticket, heard = ask(engine, question, account="a", max_tokens=20)
         assert text_of(heard.all()) == first

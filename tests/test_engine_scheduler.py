@@ -55,6 +55,7 @@ class Simulator:
         self.cache: dict[int, list[tuple[int, object]]] = {}
         self.memory: dict[int, list[int]] = {}  # the tokens of what is parked
         self.restored = 0
+        self.idles = True  # copies a prefix before every step in which nothing runs
         self.now = 0.0
         self.first_output: dict[Sequence, int] = {}
         self.steps = 0
@@ -67,6 +68,10 @@ class Simulator:
     def step(self, budget: int = 64) -> Step:
         self.now += 1.0
         self.steps += 1
+        if self.idles:
+            copy = self.scheduler.copy_idle()
+            if copy is not None:
+                self._operate(copy)
         step = self.scheduler.schedule(self.now, budget)
         for op in step.operations:
             self._operate(op)
@@ -165,6 +170,7 @@ def workloads(draw: st.DrawFn) -> list[tuple[int, Sequence]]:
     unified=st.booleans(),
     capacity=st.sampled_from([64, 96, 256]),
     parked=st.sampled_from([0, 50, 200]),
+    idles=st.booleans(),
     budget=st.integers(1, 64),
     cancels=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 13)), max_size=4),
 )
@@ -174,11 +180,13 @@ def test_no_id_twice_no_token_lost_cells_exact_nobody_starves(
     unified: bool,
     capacity: int,
     parked: int,
+    idles: bool,
     budget: int,
     cancels: list[tuple[int, int]],
 ) -> None:
     limits = replace(UNIFIED, capacity=capacity, per_sequence=capacity, parked=parked) if unified else SPLIT
     sim = Simulator(limits)
+    sim.idles = idles
     finished_early = set()
     for at in range(2_000):
         for arrival, one in workload:
@@ -356,6 +364,7 @@ def test_a_rebuilt_context_computes_everything_again() -> None:
 
 def test_a_prefix_that_costs_others_attention_is_parked_and_comes_back() -> None:
     sim = Simulator(replace(UNIFIED, capacity=2_000, per_sequence=2_000, parked=500))
+    sim.idles = False
     chat = sequence(prompt(60), new=8)
     sim.scheduler.submit([chat])
     sim.run([chat])
@@ -377,12 +386,37 @@ def test_a_prefix_that_costs_others_attention_is_parked_and_comes_back() -> None
 
 def test_a_long_prompt_of_others_parks_at_once() -> None:
     sim = Simulator(replace(UNIFIED, capacity=2_000, per_sequence=2_000, batch=1_000, parked=500))
+    sim.idles = False
     chat, long = sequence(prompt(60)), sequence(prompt(UNIFIED.park_after + 1, 500), account="b")
     sim.scheduler.submit([chat])
     sim.run([chat])
     sim.scheduler.submit([long])
     step = sim.step(budget=1_000)
     assert [type(op) for op in step.operations] == [Park, Truncate], "before the step that would pay for it"
+
+
+def test_what_an_idle_box_has_copied_leaves_without_delay_and_a_follow_up_needs_no_copy() -> None:
+    sim = Simulator(replace(UNIFIED, capacity=2_000, per_sequence=2_000, batch=1_000, parked=500))
+    chat, long = sequence(prompt(60)), sequence(prompt(UNIFIED.park_after + 1, 500), account="b")
+    finished(sim, chat)
+    sim.step()
+    assert len(sim.memory) == 1 and list(sim.scheduler.retained), "it lies in both"
+    sim.scheduler.submit([long])
+    assert [type(op) for op in sim.step(budget=1_000).operations] == [Truncate], "it was copied before"
+    sim.run([long])
+    again = sequence(np.concatenate([chat.tokens, ints(7)]))
+    finished(sim, again)
+    assert sim.restored == 1 and again.cached_tokens == chat.length - 1
+
+    sim = Simulator(replace(UNIFIED, capacity=2_000, per_sequence=2_000, batch=1_000, parked=500))
+    first = sequence(prompt(60))
+    finished(sim, first)
+    sim.step()
+    copies = set(sim.memory)
+    follow_up = sequence(np.concatenate([first.tokens[: first.length - 1], ints(7)]))
+    finished(sim, follow_up)
+    assert follow_up.cached_tokens == first.length - 1 and sim.restored == 0
+    assert copies and not copies & set(sim.memory), "what went on as another prefix is not kept twice"
 
 
 def test_little_of_a_long_parked_prefix_is_not_worth_bringing_back() -> None:

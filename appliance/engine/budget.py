@@ -26,8 +26,9 @@ class PrefillBudget:
     def tokens(self, n_decoding: int, n_prefilling: int = 0) -> int:
         """The budget for a step in which `n_decoding` sequences decode; the whole batch when nobody does.
 
-        A prompt token makes the decoding ones wait, a decoding step the `n_prefilling` others: where these are many,
-        the goal is stretched by their share, so that a burst of arrivals soon decodes as one full batch.
+        A prompt token makes the decoding ones wait, a decoding step the `n_prefilling` others. Where these are many,
+        the goal is stretched, so that a burst of arrivals soon decodes as one full batch; one long prompt stretches it
+        little.
         """
         if not n_decoding:
             return self.batch
@@ -35,7 +36,7 @@ class PrefillBudget:
             return self.fixed
         if not self.prefill_seconds:
             return SMALLEST
-        goal = self.goal * min(PATIENCE, 1 + n_prefilling / n_decoding)
+        goal = self.goal * min(PATIENCE, 1 + n_prefilling**2 / n_decoding)
         fits = int((goal - self.decode_seconds) / self.prefill_seconds)
         budget = max(SMALLEST, min(fits, LARGEST) // SMALLEST * SMALLEST)
         # One graph computes `ubatch` tokens: a few more would cost a second, nearly empty pass over the weights.

@@ -48,9 +48,14 @@ class CellTable:
         if not self.unified:
             return
         self._n_free -= count
+        room = self._room(sequence, length + count)
+        if count == 1:  # a decoded token: an index is three times as fast as a slice
+            room[length] = cell = self._free[self._n_free]
+            self._holders[cell] = 1
+            return
         fresh = self._free[self._n_free : self._n_free + count]
         self._holders[fresh] = 1
-        self._room(sequence, length + count)[length : length + count] = fresh
+        room[length : length + count] = fresh
 
     def share(self, source: int, target: int, count: int) -> None:
         """The empty `target` takes the first `count` tokens of `source`: the same cells if unified, copies if split."""

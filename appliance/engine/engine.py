@@ -53,10 +53,10 @@ log = logging.getLogger("appliance.engine")
 DEFAULT_MAX_TOKENS = 1_024
 UNIFIED_UP_TO = 8  # slots for which one pool is as fast as streams on a GPU, too
 HEALTHY_STEPS = 1_000  # after which a broken context counts as the first again
-# Rows of others that look at a retained prefix until parking it was cheaper. On a CPU a cell costs a row about 0.2 us,
-# and parking and bringing it back 6 us, for a model of 23 KB a cell. A GPU reads its own memory a hundred times faster
-# than it copies to the host.
-CPU_PARK_AFTER, GPU_PARK_AFTER = 16, 4_096
+# Rows of others that look at a retained prefix until parking it was cheaper. On a CPU a cell costs a row about 0.2 us;
+# parking it 6 us where the cells lie in a row, and 80 us where they were taken in turns with 31 others, for a model of
+# 23 KB a cell. A GPU reads its own memory a hundred times faster than it copies to the host.
+CPU_PARK_AFTER, GPU_PARK_AFTER = 128, 4_096
 PARALLEL_DRAWS = 16  # rows from which the sampling pool pays
 
 Dispatch = Callable[[list[tuple[Sink, Event]]], None]
@@ -223,7 +223,7 @@ class Engine:
             mixed=self._unified and self._on_gpu,
             window=self.model.window,
             park_after=GPU_PARK_AFTER if self._on_gpu else CPU_PARK_AFTER,
-            parks=1 if self._on_gpu else self._ids,  # every run of cells in every layer waits for the GPU once
+            parks=1 if self._on_gpu else 4,  # every run of cells in every layer waits for the GPU once
             parked=self._parking_room(context),
         )
 
@@ -272,6 +272,8 @@ class Engine:
         step = scheduler.schedule(time.monotonic(), self._budget.tokens(n_decoding, n_prefilling))
         for sequence in step.expired:
             self._fail(sequence, self._waited_too_long(sequence))
+        if step.operations or not step.calls:
+            self._publish()
         if not all(map(self._operate, step.operations)):
             self._lose_cache()
             return True
@@ -280,11 +282,7 @@ class Engine:
             alive = [part for part in call if part.sequence.status is Status.RUNNING]
             if alive and not self._compute(alive):
                 break
-            if call is not step.calls[-1]:  # the decodes' tokens do not wait for the prompts
-                self._measure()
-                self._publish()
         self._measure()
-        self._publish()
         return bool(step.calls)
 
     def _operate(self, operation: Operation) -> bool:
@@ -308,6 +306,7 @@ class Engine:
     def _compute(self, call: list[Slice]) -> bool:
         """One decode call and the tokens it yields; False when it must be planned anew."""
         rows = self._fill(call)
+        self._publish()  # now, since whoever takes it needs the interpreter, which the computation does not
         started = time.monotonic()
         code = self._context.decode(rows)
         ended = time.monotonic()
@@ -342,9 +341,13 @@ class Engine:
         return at
 
     def _count(self, call: list[Slice], started: float, ended: float) -> None:
-        outputs = sum(p.output for p in call)
-        decoding = sum(p.count == 1 and p.output for p in call)
-        prefill = sum(p.count for p in call) - decoding
+        outputs = decoding = prefill = 0
+        for part in call:
+            outputs += part.output
+            if part.output and part.count == 1:
+                decoding += 1
+            else:
+                prefill += part.count
         host = started - self._last_decode_end if self._last_decode_end is not None else None
         self._last_decode_end = ended
         self._budget.observe(decoding, prefill, ended - started)
@@ -501,7 +504,7 @@ class Engine:
     # ── handing over, resting ────────────────────────────────────────────────────────────────────────────────────
 
     def _publish(self) -> None:
-        """One hand-over per call, with everything new."""
+        """One hand-over with everything new."""
         if self._outbox:
             batch, self._outbox = self._outbox, []
             self._dispatch(batch)
@@ -524,8 +527,12 @@ class Engine:
         self.metrics.service_seconds = old + 0.1 * (seconds - old) if old else seconds
 
     def _rest(self) -> None:
-        """Nothing to compute: sleep until a command comes, or a waiter's deadline."""
+        """Nothing to compute: time to copy what may have to go later, then to sleep until a command comes, or a
+        waiter's deadline."""
         self._last_decode_end = None
+        if copy := self._scheduler.copy_idle():
+            self._operate(copy)
+            return
         self._wake.clear()
         if not self._inbox and not self._stopping:
             deadline = min((s.deadline for s in self._scheduler.line), default=None)

@@ -23,13 +23,15 @@ class Prefix:
     """Computed tokens that are kept for later prompts that begin alike.
 
     `own` leading ones are the appliance's own, which all accounts share; `rows` counts the rows of others that have
-    paid for its cells since it was last used.
+    paid for its cells since it was last used; `copy` is the number under which main memory holds it as well, while it
+    is in the cache.
     """
 
     namespace: str
     tokens: NDArray[np.int32]
     own: int = 0
     rows: int = 0
+    copy: int = NOBODY
 
 
 class Parking:

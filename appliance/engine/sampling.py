@@ -7,8 +7,12 @@ largest of the row from below, so that only a few values remain to be sorted. Ow
 
 from __future__ import annotations
 
+import math
+import random
 import secrets
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +35,7 @@ class Sampler:
     def __init__(self, settings: Sampling, *, choice: int = 0) -> None:
         self.settings = settings
         seed = secrets.randbits(64) if settings.seed is None else settings.seed
-        self._random = np.random.Generator(np.random.PCG64([seed % 2**64, choice]))
+        self._random = random.Random(f"{seed} {choice}")
         self._bias_ids = np.array([i for i, _ in settings.logit_bias], np.int64)
         self._bias_values = np.array([v for _, v in settings.logit_bias], np.float32)
         s = settings
@@ -45,10 +49,12 @@ class Sampler:
             row[self._bias_ids] += self._bias_values
         if self._penalised:
             self._penalise(row, history)
-        if self.settings.temperature <= 0.0:
+        s = self.settings
+        if s.temperature <= 0.0:
             return greedy(row)
-        ids, logits, mass = self._candidates(row)
-        return self._pick(ids, logits, mass)
+        if not s.top_k and s.top_p == 1.0 and s.min_p == 0.0:
+            return self._pick_of_all(row)
+        return self._pick(*self._candidates(row))
 
     def _penalise(self, row: Row, history: NDArray[np.int32]) -> None:
         s = self.settings
@@ -59,7 +65,7 @@ class Sampler:
 
     def _candidates(self, row: Row) -> tuple[Ids, Row, float]:
         """Every token that top-k, top-p and min-p may leave: ids and temperature-scaled logits, largest first, and the
-        probability mass that top-p refers to, in units of the likeliest token's."""
+        probability mass that top-p refers to, in units of the likeliest token's (0: that of these candidates)."""
         s = self.settings
         scale = np.float32(1.0 / s.temperature)
         if s.top_k:
@@ -70,28 +76,35 @@ class Sampler:
         if s.min_p > 0.0:
             ids = np.flatnonzero(scaled >= scaled.max() + np.log(s.min_p))
             ids = ids[np.argsort(-scaled[ids], kind="stable")]
-        elif s.top_p < 1.0:
-            ids = nucleus(scaled, s.top_p * mass)
         else:
-            ids = np.arange(len(row))
+            ids = nucleus(scaled, s.top_p * mass)
         return ids, scaled[ids], mass
 
+    def _pick_of_all(self, row: Row) -> int:
+        """Where nothing limits the choice."""
+        weights = np.exp((row - row.max()) * np.float32(1.0 / self.settings.temperature), dtype=np.float64)
+        cumulative = weights.cumsum()
+        if not math.isfinite(cumulative[-1]):
+            raise InternalError("The model produced no usable probabilities.")
+        index = int(cumulative.searchsorted(self._random.random() * cumulative[-1], side="right"))
+        return min(index, len(weights) - 1)
+
     def _pick(self, ids: Ids, logits: Row, mass: float) -> int:
+        """One of few, so that lists are faster than arrays: the caches are cold when a step has read the weights."""
         s = self.settings
         if not len(ids):
             raise InternalError("The model produced no usable probabilities.")
-        weights = np.exp(logits - logits.max(), dtype=np.float64)
-        if s.top_p < 1.0:
-            cumulative = np.cumsum(weights)
-            keep = int(np.searchsorted(cumulative, s.top_p * (mass or cumulative[-1]))) + 1
-            weights = weights[:keep]
-        if s.min_p > 0.0:
-            weights = weights[weights >= s.min_p * weights[0]]
-        cumulative = np.cumsum(weights)
-        if not np.isfinite(cumulative[-1]) or cumulative[-1] <= 0.0:
+        values = logits.tolist()
+        weights = [math.exp(value - values[0]) for value in values]
+        cumulative = list(accumulate(weights))
+        if not math.isfinite(cumulative[-1]):
             raise InternalError("The model produced no usable probabilities.")
-        index = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
-        return int(ids[min(index, len(weights) - 1)])
+        keep = len(weights)
+        if s.top_p < 1.0:
+            keep = min(keep, bisect_left(cumulative, s.top_p * (mass or cumulative[-1])) + 1)
+        while weights[keep - 1] < s.min_p:
+            keep -= 1
+        return int(ids[min(bisect_right(cumulative, self._random.random() * cumulative[keep - 1]), keep - 1)])
 
 
 def greedy(row: Row) -> int:
@@ -118,17 +131,13 @@ def top(row: Row, k: int) -> tuple[Ids, Row]:
 def _hopeful(row: Row, k: int) -> Ids:
     """Ids, ascending, among which the `k` largest are; none where too few of the row are finite to tell."""
     columns = len(row) // FOLD
-    if k >= columns // 2:
-        bound = np.partition(row, len(row) - k)[len(row) - k]
-        return np.flatnonzero(row >= bound) if bound > -np.inf else np.empty(0, np.int64)
-    folded, rest = row[: columns * FOLD].reshape(FOLD, columns), row[columns * FOLD :]
-    maxima = folded.max(axis=0)
-    bound = np.partition(maxima, columns - k)[columns - k]
-    if not bound > -np.inf:
-        return np.empty(0, np.int64)
-    chosen = np.flatnonzero(maxima >= bound)  # all others are columns without one
-    rows, places = np.nonzero(folded[:, chosen] >= bound)
-    return np.concatenate([rows * columns + chosen[places], columns * FOLD + np.flatnonzero(rest >= bound)])
+    if k < columns // 2:
+        folded = row[: columns * FOLD].reshape(FOLD, columns).max(axis=0)
+    else:
+        folded = row.copy()
+    folded.partition(len(folded) - k)
+    bound = folded[-k]
+    return (row >= bound).nonzero()[0] if bound > -np.inf else np.empty(0, np.int64)
 
 
 def nucleus(scaled: Row, mass: float) -> Ids:

@@ -26,6 +26,7 @@ RETAIN_AT_LEAST = 16  # shorter prefixes are not worth a sequence id, or bringin
 DISTINCT = 8  # a prefix is worth a copy when at least one part in so many is in no other
 WHOLE = 4  # a parked prefix comes back whole, so at least one part in so many must be of use
 HEADROOM = 64  # cells kept for the growth of a sequence, when another one asks to be admitted
+FREE = 8  # a prefix that can go without a copy goes after so small a part of the rows that others wait for
 LOOK_AHEAD = 8  # waiters that may pass one which does not fit
 LOOK_AHEAD_SECONDS = 2.0  # after which nobody passes it any more
 
@@ -191,6 +192,18 @@ class Scheduler:
         step.calls = self._calls(slices, prefills)
         return step
 
+    def copy_idle(self) -> Park | None:
+        """When nothing runs: one more retained prefix is copied to main memory, if there is room to spare, so that it
+        can leave the cache without delay when others come. None: all are."""
+        if self.running:
+            return None
+        for slot, prefix in self.retained.items():
+            if prefix.copy in self.parking or self.parking.too_full_for(prefix) or not self._is_distinct(prefix, slot):
+                continue
+            prefix.copy = self.parking.put(prefix)
+            return Park(slot, prefix.copy)
+        return None
+
     def complete(self, call: list[Slice]) -> None:
         """One decode call of the step was computed."""
         for part in call:
@@ -354,7 +367,7 @@ class Scheduler:
     def _take_over(self, sequence: Sequence, slot: int, shared: int) -> None:
         """The retained prefix itself becomes the sequence's: in split streams that saves the copy, and what is used
         as a whole need not be kept a second time."""
-        del self.retained[slot]
+        self._forget_copy(self.retained.pop(slot))
         self._index.remove(slot)
         self._truncate(slot, shared)
         sequence.slot = slot
@@ -437,22 +450,34 @@ class Scheduler:
             return
         for prefix in self.retained.values():
             prefix.rows += rows
-        costly = (s for s, p in self.retained.items() if p.rows > self.limits.park_after and self.parking.takes(p))
-        for slot in list(islice(costly, self.limits.parks)):
-            self._evict(slot)
+        parks = self.limits.parks
+        for slot, prefix in list(self.retained.items()):
+            if prefix.rows <= self.limits.park_after // FREE or not self.parking.takes(prefix):
+                continue
+            if prefix.copy in self.parking or not self._is_distinct(prefix, slot):
+                self._evict(slot)
+            elif prefix.rows > self.limits.park_after and parks:
+                parks -= 1
+                self._evict(slot)
 
     def _evict(self, slot: int | None = None) -> None:
         """A retained prefix, the least recently used one by default, leaves the cache: for main memory if it may."""
         if slot is None:
             slot = next(iter(self.retained))
         prefix = self.retained[slot]
-        if self.parking.takes(prefix) and self._own_tokens(prefix, slot) * DISTINCT >= len(prefix.tokens):
+        if prefix.copy not in self.parking and self.parking.takes(prefix) and self._is_distinct(prefix, slot):
             while self.parking.too_full_for(prefix):
                 self._forget(next(iter(self.parking)))
-            number = self.parking.put(prefix)
-            self._hold(prefix, number)
-            self._operations.append(Park(slot, number))
+            prefix.copy = self.parking.put(prefix)
+            self._operations.append(Park(slot, prefix.copy))
+        if prefix.copy in self.parking:
+            self._hold(prefix, prefix.copy)
+            prefix.copy = NOBODY
         self._drop(slot)
+
+    def _is_distinct(self, prefix: Prefix, slot: int) -> bool:
+        """Whether enough of a retained prefix is held by nobody else."""
+        return self._own_tokens(prefix, slot) * DISTINCT >= len(prefix.tokens)
 
     def _own_tokens(self, prefix: Prefix, slot: int) -> int:
         """Tokens of a retained prefix beyond the longest beginning that somebody else holds, too."""
@@ -464,7 +489,7 @@ class Scheduler:
 
     def _drop(self, slot: int) -> None:
         """A retained prefix is gone for good."""
-        del self.retained[slot]
+        self._forget_copy(self.retained.pop(slot))
         self._index.remove(slot)
         self._truncate(slot, 0)
         self._free_ids.add(slot)
@@ -474,6 +499,10 @@ class Scheduler:
         self.parking.remove(number)
         self._index.remove(number)
         self._operations.append(Forget(number))
+
+    def _forget_copy(self, prefix: Prefix) -> None:
+        if prefix.copy in self.parking:
+            self._forget(prefix.copy)
 
     def _evict_all(self) -> None:
         while self.retained:

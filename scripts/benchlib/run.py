@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 import zlib
@@ -19,6 +20,7 @@ from scripts.benchlib.prompts import Lengths
 from scripts.benchlib.servers import Server, Setup, Size
 
 T = TypeVar("T")
+SETTLE_SECONDS = 0.5
 SMALL = Size(slots=2, longest=2_048, total=4_096)
 
 
@@ -112,13 +114,15 @@ class Run:
         return measured, worst
 
     def on(self, server: Server, measure: Callable[[Server, int], Awaitable[T]]) -> Callable[[int], Awaitable[T]]:
-        """A side: thaws `server`, gives it a small call to get warm, measures, and freezes it again."""
+        """A side: thaws `server`, gives it a small call to get warm and a moment to settle, as it would have had where
+        nobody freezes it, measures, and freezes it again."""
 
         async def side(number: int) -> T:
             with servers.measured(server):
                 await server.call(
                     self.ask(24, 4, "warm", server.name, number, time.time_ns()), self.setup.request_seconds
                 )
+                await asyncio.sleep(SETTLE_SECONDS)
                 return await measure(server, number)
 
         return side

@@ -1,0 +1,143 @@
+"""The ledger: charges outlive the process, also when the store could not be written for a while, and never twice."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from appliance.access import ledger as ledgers
+from appliance.access.ledger import Ledger
+from appliance.access.windows import Limits, Payer, Windows, bounds
+from appliance.errors import RateLimited, Unavailable
+from appliance.store import usage
+from appliance.store.database import Store
+from appliance.store.keyfile import MasterKey
+from appliance.store.usage import Call, Spent
+
+NOON = 1_773_144_000  # 2026-03-10, 12:00 UTC
+CHAT = Call("a", "k1", "/llm/chat", NOON)
+PAYER = Payer("a", Limits(20, 200, 1_000))
+
+
+def looped(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """The test, in an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        asyncio.run(test(**fixtures))
+
+    return run
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with closing(Store.create(tmp_path / "appliance.db", MasterKey.generate())) as made:
+        yield made
+
+
+def month(store: Store) -> int:
+    return next((calls for _, window, _, calls in usage.windows(store) if window == "month"), 0)
+
+
+@contextmanager
+def locked(store: Store) -> Iterator[None]:
+    """Another connection holds the database, as another process would; the writer does not wait its usual 5 s."""
+    store.write(lambda db: db.execute("pragma busy_timeout = 50")).result()
+    other: Any = store._connect()
+    other.execute("begin immediate")
+    try:
+        yield
+    finally:
+        other.execute("rollback")
+        other.close()
+
+
+@looped
+async def test_a_charge_is_committed_before_it_returns_and_comes_back_after_a_restart(store: Store) -> None:
+    ledger, windows = Ledger(store), Windows()
+    for _ in range(3):
+        await ledger.charge(CHAT, windows.take([PAYER], NOON))
+    assert month(store) == 3 and ledger.owed == 0
+    back = windows.take([PAYER], NOON)
+    await ledger.charge(CHAT, back)
+    ledger.take_back(CHAT, back)
+    ledger.spend(CHAT, Spent("local", "m", 10, 5, 3, 0.5))
+    store.write(lambda db: None).result()  # everything before it is written
+    assert month(store) == 3
+    again = Windows()
+    Ledger(store).restore(again, NOON + 5)
+    assert again.used("a", NOON + 5) == {"minute": 3, "hour": 3, "month": 3}
+    day = NOON // 86_400 * 86_400
+    assert sum(t.calls for t in usage.totals(store, "a", day, day)) == 3
+    assert sum(t.prompt_tokens for t in usage.totals(store, "a", day, day)) == 10
+
+
+@looped
+async def test_what_cannot_be_written_is_owed_and_written_once_when_it_can_be(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledgers, "COMMIT_SECONDS", 5.0)
+    ledger, windows = Ledger(store, retry_seconds=0.02), Windows()
+    with locked(store):
+        with pytest.raises(Unavailable):  # the control: a write really fails now
+            await asyncio.wrap_future(store.write(lambda db: None))
+        for _ in range(4):
+            await ledger.charge(CHAT, windows.take([PAYER], NOON))  # the call goes on
+        wrong = windows.take([PAYER], NOON)
+        await ledger.charge(CHAT, wrong)
+        ledger.take_back(CHAT, wrong)
+        assert ledger.owed == 6 and month(store) == 0
+        await asyncio.sleep(0.1)
+        assert ledger.owed == 6, "tried again, in vain"
+    async with asyncio.timeout(5):
+        while ledger.owed:
+            await asyncio.sleep(0.01)
+    assert month(store) == 4
+    await ledger.charge(CHAT, windows.take([PAYER], NOON))
+    assert month(store) == 5
+
+
+@looped
+async def test_a_slow_commit_holds_nobody_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledgers, "COMMIT_SECONDS", 0.05)
+    ledger, windows = Ledger(store), Windows()
+    store.write(lambda db: db.execute("pragma busy_timeout = 10000")).result()
+    other: Any = store._connect()
+    other.execute("begin immediate")
+    async with asyncio.timeout(2):
+        await ledger.charge(CHAT, windows.take([PAYER], NOON))
+    assert ledger.owed == 0, "it is on its way"
+    other.execute("rollback")
+    other.close()
+    store.write(lambda db: None).result()
+    assert month(store) == 1
+
+
+@looped
+async def test_what_is_owed_at_the_end_is_written_if_it_can_be(store: Store) -> None:
+    ledger, windows = Ledger(store, retry_seconds=60), Windows()
+    with locked(store):
+        await ledger.charge(CHAT, windows.take([PAYER], NOON))
+        assert ledger.owed == 1
+    await ledger.close()
+    assert ledger.owed == 0 and month(store) == 1
+
+
+@looped
+async def test_a_month_that_is_used_up_stays_so_after_a_restart(store: Store) -> None:
+    ledger, windows = Ledger(store), Windows()
+    small = Payer("a", Limits(None, None, 2))
+    for _ in range(2):
+        await ledger.charge(CHAT, windows.take([small], NOON))
+    again = Windows()
+    Ledger(store).restore(again, NOON)
+    with pytest.raises(Exception, match="per month") as refused:
+        again.take([small], NOON)
+    assert not isinstance(refused.value, RateLimited)
+    assert again.take([small], bounds("month", NOON)[1]), "the next month begins anew"
