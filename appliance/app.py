@@ -21,17 +21,23 @@ from typing import Any
 
 import msgspec
 import uvloop
+from starlette.requests import Request
 from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from appliance import admin, logs, server
+from appliance.access import terms
+from appliance.access.admission import Admission
 from appliance.access.keyring import KeyRing
+from appliance.access.ledger import Ledger
 from appliance.administration import Administration, perform, served_model
 from appliance.api.access_log import AccessLog
 from appliance.api.auth import Auth
 from appliance.api.endpoints import routes
+from appliance.api.gate import Gate
 from appliance.api.guard import Guard
 from appliance.api.hosts import Hosts
+from appliance.api.limits import Limits
 from appliance.api.proxies import Proxies
 from appliance.api.services import Services
 from appliance.catalog import Catalog
@@ -46,6 +52,7 @@ from appliance.store.lock import DataDirLock
 
 log = logging.getLogger("appliance")
 
+TURN_SECONDS = 10.0  # how long a call waits until fewer of its account run
 CLOSE_SECONDS = 0.8  # for unloading the model at the end
 SWITCH_SECONDS = 0.0005  # the decode thread waits this long at most until the event loop gives the interpreter back
 
@@ -53,13 +60,14 @@ SWITCH_SECONDS = 0.0005  # the decode thread waits this long at most until the e
 class Appliance:
     """The ASGI app: every layer that a request passes, outermost last, and whether the server is draining."""
 
-    def __init__(self, services: Services, keyring: KeyRing) -> None:
+    def __init__(self, services: Services, keyring: KeyRing, gate: Gate) -> None:
         self.draining = False
-        app: ASGIApp = Router(routes(services), redirect_slashes=False, default=_no_such_endpoint)
+        app: ASGIApp = Router(routes(services, gate), redirect_slashes=False, default=_no_such_endpoint(gate))
         app = self._drain(app)
         app = Auth(app, keyring)
         app = Hosts(app, services.config.server)
         app = Guard(app)
+        app = Limits(app, gate.admission, gate.terms_of)
         self._stack = Proxies(AccessLog(app), services.config.server)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,8 +87,12 @@ class Appliance:
         self.draining = True
 
 
-async def _no_such_endpoint(scope: Scope, receive: Receive, send: Send) -> None:
-    raise NotFound("There is no such endpoint.")
+def _no_such_endpoint(gate: Gate) -> ASGIApp:
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        gate.refuse(Request(scope))
+        raise NotFound("There is no such endpoint.")
+
+    return refuse
 
 
 class Process:
@@ -91,7 +103,11 @@ class Process:
         self.administration = administration
         self.local = LocalProvider(config.engine, on_fatal=self._engine_broke)
         self.chat = Chat(self.local)
-        self.app = Appliance(Services(config, self.chat, self.local), administration.keyring)
+        self.ledger = Ledger(administration.store)
+        # Nobody is limited yet: the endpoints, commands and settings that say what limits there are come first.
+        self.gate = Gate(Admission(wait_seconds=TURN_SECONDS), self.ledger, terms.unlimited)
+        self.ledger.restore(self.gate.admission.windows, time.time())
+        self.app = Appliance(Services(config, self.chat, self.local), administration.keyring, self.gate)
         self.exit_code = 0
         self._swap = threading.Lock()
         self._closing = False
@@ -111,6 +127,7 @@ class Process:
             await server.serve(self.app, self.config.server, bound, self.app.drain, self.local.cut)
         finally:
             await operator.close()
+            await self.ledger.close()
             await self._end()
         return self.exit_code
 
@@ -166,7 +183,8 @@ class Process:
             async for part in self._chat(arguments):
                 yield part
         elif operation == "status":
-            yield {"result": self.local.status()}
+            leases = self.gate.admission.leases
+            yield {"result": self.local.status() | {"calls_running": leases.running, "calls_in_line": len(leases)}}
         elif operation == "models.use":
             yield {"result": await asyncio.to_thread(self._use, str(arguments["name"]))}
         else:

@@ -18,7 +18,7 @@ from appliance.access.windows import Limits as Calls
 from appliance.access.windows import Payer
 from appliance.api.access_log import AccessLog
 from appliance.api.guard import Guard
-from appliance.api.limits import Limits
+from appliance.api.limits import Limits, TermsOf
 from appliance.errors import Forbidden, NotFound
 from appliance.messages import Caller
 
@@ -40,8 +40,11 @@ class Stack:
         ]
         self.app = AccessLog(Limits(Guard(self._auth(Router(routes))), self.admission, self._terms_of(terms)))
 
-    def _terms_of(self, terms: Terms) -> Callable[[Caller | None, str], Terms]:
-        return lambda caller, ip: terms if caller else Terms()
+    def _terms_of(self, terms: Terms) -> TermsOf:
+        def of(caller: Caller | None, ip: str, *, wrong_key: bool = False) -> Terms:
+            return terms if caller else Terms()
+
+        return of
 
     def _auth(self, app: Any) -> Any:
         async def named(scope: Any, receive: Any, send: Any) -> None:

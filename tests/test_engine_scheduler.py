@@ -419,6 +419,39 @@ def test_what_an_idle_box_has_copied_leaves_without_delay_and_a_follow_up_needs_
     assert copies and not copies & set(sim.memory), "what went on as another prefix is not kept twice"
 
 
+def test_a_copy_outlives_its_sequence_id_and_gives_way_before_what_lies_nowhere_else() -> None:
+    limits = replace(UNIFIED, ids=3, capacity=2_000, per_sequence=2_000, parked=200, park_after=10_000)
+    sim = Simulator(limits)
+    chats = [sequence(prompt(40, 100 * i), account=f"x{i}") for i in range(3)]
+    for chat in chats:
+        finished(sim, chat)
+        sim.step()  # idles: a copy
+    assert len(sim.memory) == 3 and len(sim.scheduler.retained) == 3
+    finished(sim, sequence(prompt(40, 900), account="y"))
+    assert len(sim.memory) == 3, "its id was taken, its copy stays"
+    again = sequence(np.concatenate([chats[0].tokens, ints(7)]), account="x0")
+    finished(sim, again)
+    assert again.cached_tokens == chats[0].length - 1 and sim.restored == 1
+
+    parking = Parking(100)
+    alone, both = Prefix("a", prompt(10)), Prefix("b", prompt(10))
+    parking.put(alone)
+    both.copy = parking.put(both)
+    assert parking.first_to_go() == both.copy
+    parking.remove(both.copy)
+    assert parking.first_to_go() != both.copy
+
+
+def test_only_interactive_prompts_that_can_be_read_stretch_the_goal() -> None:
+    sim = Simulator(replace(UNIFIED, slots=2))
+    first = sequence(prompt(40))
+    sim.scheduler.submit([first, sequence(prompt(30, 500)), sequence(prompt(30, 700)), sequence(prompt(30, 800))])
+    assert sim.scheduler.readers == 2, "no more than there are slots"
+    batch = Simulator(UNIFIED)
+    batch.scheduler.submit([sequence(prompt(40), lane="batch")])  # type: ignore[arg-type]
+    assert batch.scheduler.readers == 0
+
+
 def test_little_of_a_long_parked_prefix_is_not_worth_bringing_back() -> None:
     sim = Simulator(replace(UNIFIED, capacity=2_000, per_sequence=2_000, parked=500))
     long = sequence(prompt(200))

@@ -68,7 +68,7 @@ async def test_a_charge_is_committed_before_it_returns_and_comes_back_after_a_re
     await ledger.charge(CHAT, back)
     ledger.take_back(CHAT, back)
     ledger.spend(CHAT, Spent("local", "m", 10, 5, 3, 0.5))
-    store.write(lambda db: None).result()  # everything before it is written
+    await ledger.close()
     assert month(store) == 3
     again = Windows()
     Ledger(store).restore(again, NOON + 5)
@@ -88,7 +88,7 @@ async def test_what_cannot_be_written_is_owed_and_written_once_when_it_can_be(
         with pytest.raises(Unavailable):  # the control: a write really fails now
             await asyncio.wrap_future(store.write(lambda db: None))
         for _ in range(4):
-            await ledger.charge(CHAT, windows.take([PAYER], NOON))  # the call goes on
+            await ledger.charge(CHAT, windows.take([PAYER], NOON))  # the calls go on
         wrong = windows.take([PAYER], NOON)
         await ledger.charge(CHAT, wrong)
         ledger.take_back(CHAT, wrong)
@@ -112,11 +112,11 @@ async def test_a_slow_commit_holds_nobody_up(store: Store, monkeypatch: pytest.M
     other.execute("begin immediate")
     async with asyncio.timeout(2):
         await ledger.charge(CHAT, windows.take([PAYER], NOON))
-    assert ledger.owed == 0, "it is on its way"
+    assert ledger.owed == 1, "it is on its way"
     other.execute("rollback")
     other.close()
-    store.write(lambda db: None).result()
-    assert month(store) == 1
+    await ledger.close()
+    assert month(store) == 1 and ledger.owed == 0
 
 
 @looped
@@ -127,6 +127,34 @@ async def test_what_is_owed_at_the_end_is_written_if_it_can_be(store: Store) -> 
         assert ledger.owed == 1
     await ledger.close()
     assert ledger.owed == 0 and month(store) == 1
+
+
+@looped
+async def test_a_charge_that_is_being_written_when_the_end_comes_is_written_once(store: Store) -> None:
+    store.write(lambda db: db.execute("pragma busy_timeout = 10000")).result()
+    ledger, windows = Ledger(store, retry_seconds=0.02), Windows()
+    other: Any = store._connect()
+    other.execute("begin immediate")
+    calls = [asyncio.ensure_future(ledger.charge(CHAT, windows.take([PAYER], NOON))) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    ending = asyncio.ensure_future(ledger.close())
+    await asyncio.sleep(0.1)
+    assert not ending.done(), "it waits for what is under way"
+    other.execute("rollback")
+    other.close()
+    await asyncio.gather(ending, *calls)
+    assert month(store) == 3
+
+
+@looped
+async def test_a_faulty_write_holds_up_nobody(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    ledger, windows = Ledger(store), Windows()
+    broken = Call("a", "k1", "/llm/chat", "no time")  # type: ignore[arg-type]
+    charges = [windows.take([PAYER], NOON) for _ in range(3)]
+    await asyncio.gather(*(ledger.charge(c, charge) for c, charge in zip([CHAT, broken, CHAT], charges, strict=True)))
+    assert month(store) == 2 and ledger.owed == 0 and "it is dropped" in caplog.text
+    await ledger.charge(CHAT, windows.take([PAYER], NOON))
+    assert month(store) == 3
 
 
 @looped

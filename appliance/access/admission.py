@@ -30,10 +30,12 @@ class Terms:
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """A call that has come: charged, and with its lease or in line for it. `waited` is how long, in seconds."""
+    """A call that has come: charged, and with its lease or in line for it. `waited` is how long, in seconds; `undo`
+    is called when the charge is given back."""
 
     charge: Charge | None
     lease: Lease | None = None
+    undo: Callable[[], None] | None = None
     turn: asyncio.Event = field(default_factory=asyncio.Event)
     waited: float = 0.0
     began: float = field(default_factory=time.monotonic)
@@ -64,6 +66,10 @@ class Admission:
         if leases and terms.rooms:
             entry.lease = self.leases.ask(terms.rooms, entry.turn.set)
         return entry
+
+    def visit(self, terms: Terms) -> None:
+        """Charges somebody who will not be let in; nothing of it is given back. Raises RateLimited."""
+        self.windows.take(terms.payers, self._clock())
 
     async def turn(self, entry: Entry) -> None:
         """Waits until the call may run. Raises RateLimited when its turn does not come in time; it is ended then, as
@@ -98,10 +104,16 @@ class Admission:
             self.leases.end(entry.lease)
         if give_back and entry.charge is not None:
             self.windows.give_back(entry.charge)
+            if entry.undo is not None:
+                entry.undo()
 
     def estimate(self, lease: Lease) -> float:
         """Seconds until its turn, from its place and how long calls usually take."""
         return self._usual * self.leases.place(lease) / self.leases.limit(lease.rooms[0])
+
+    def forget(self) -> None:
+        """Lets go of whoever has not called for long; to be called now and then."""
+        self.windows.forget(self._clock())
 
     def _no_turn(self, lease: Lease) -> RateLimited:
         rooms = [room for room in lease.rooms if self.leases.held(room.id) >= self.leases.limit(room)]

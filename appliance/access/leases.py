@@ -46,6 +46,7 @@ class Leases:
     """Every lease that is held or waited for. Not thread-safe: the event loop owns it."""
 
     def __init__(self) -> None:
+        self.running = 0  # calls of all accounts
         self._held: Counter[str] = Counter()
         self._limits: dict[str, int] = {}  # as the latest call brought them
         self._waiting: dict[str, list[Lease]] = {}  # by account
@@ -65,6 +66,7 @@ class Leases:
         """The call is over, or waits no longer. Harmless when it has ended already."""
         before, lease.state = lease.state, State.ENDED
         if before is State.HELD:
+            self.running -= 1
             self._held.subtract(room.id for room in lease.rooms)
         elif before is State.WAITING:
             self._leave(lease)  # it may have stood before one that fits
@@ -92,6 +94,10 @@ class Leases:
         line = self._waiting.get(lease.account, [])
         return line.index(lease) + 1 if lease in line else 0
 
+    def __len__(self) -> int:
+        """How many wait."""
+        return sum(map(len, self._waiting.values()))
+
     def __iter__(self) -> Iterator[Lease]:
         """Those that wait."""
         for line in self._waiting.values():
@@ -102,6 +108,7 @@ class Leases:
 
     def _hold(self, lease: Lease) -> None:
         lease.state = State.HELD
+        self.running += 1
         self._held.update(room.id for room in lease.rooms)
 
     def _leave(self, lease: Lease) -> None:

@@ -11,7 +11,9 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from appliance.access.windows import Charge, Windows
@@ -22,19 +24,27 @@ from appliance.store.usage import Call, Spent
 
 log = logging.getLogger("appliance.ledger")
 
-Write = Callable[[Any], None]
 COMMIT_SECONDS = 1.0  # a call waits so long for its charge's commit, and goes on then
 RETRY_SECONDS = 1.0
+TOGETHER = 256  # most writes in one transaction
+
+
+@dataclass(eq=False, slots=True)
+class _Write:
+    perform: Callable[[Any], None]
+    settled: asyncio.Event = field(default_factory=asyncio.Event)  # committed, or known to take longer
 
 
 class Ledger:
-    """Writes charges, and what calls took, to the store."""
+    """Writes charges, and what calls took, to the store: one transaction after the other, in the order they came."""
 
     def __init__(self, store: Store, *, retry_seconds: float = RETRY_SECONDS) -> None:
         self._store = store
         self._retry_seconds = retry_seconds
-        self._owed: deque[Write] = deque()
-        self._retry: asyncio.Task[None] | None = None
+        self._owed: deque[_Write] = deque()
+        self._writer: asyncio.Task[None] | None = None
+        self._failing = False
+        self._closing = asyncio.Event()
 
     @property
     def owed(self) -> int:
@@ -48,72 +58,78 @@ class Ledger:
 
     async def charge(self, call: Call, charge: Charge) -> None:
         """Commits a call's charge; returns without, when that takes too long or fails: it is owed then."""
-        written = self._write(partial(usage.charge, call=call, places=charge.rows()))
-        if written is not None:
-            await asyncio.wait({written}, timeout=COMMIT_SECONDS)
+        write = self._owe(partial(usage.charge, call=call, places=charge.rows()))
+        if not self._failing:
+            try:
+                async with asyncio.timeout(COMMIT_SECONDS):
+                    await write.settled.wait()
+            except TimeoutError:
+                log.warning("the store is slow; a call goes on before its charge is written")
 
     def take_back(self, call: Call, charge: Charge) -> None:
         """The call does not count after all."""
-        self._write(partial(usage.charge, call=call, places=charge.rows(), calls=-1))
+        self._owe(partial(usage.charge, call=call, places=charge.rows(), calls=-1))
 
     def spend(self, call: Call, spent: Spent) -> None:
         """Adds what the call took of a model; rides a later commit."""
-        self._write(partial(usage.spend, call=call, spent=spent))
+        self._owe(partial(usage.spend, call=call, spent=spent))
 
     async def close(self) -> None:
         """One last attempt at what is owed; the rest is lost, and the log says how much."""
-        if self._retry is not None:
-            self._retry.cancel()
-            await asyncio.gather(self._retry, return_exceptions=True)
-        if self._owed and not await self._settle():
+        self._closing.set()
+        if self._writer is not None:
+            await self._writer
+        if self._owed:
             log.error("the store could not be written: %d charges are lost", len(self._owed))
 
-    def _write(self, write: Write) -> asyncio.Future[None] | None:
-        if self._owed:  # behind what waits already, so that a charge never comes after its own taking back
-            self._owe(write)
-            return None
-        try:
-            written = asyncio.wrap_future(self._store.write(write))
-        except Unavailable:  # the store is closed
-            self._owe(write)
-            return None
-        written.add_done_callback(partial(self._written, write))
-        return written
-
-    def _written(self, write: Write, done: asyncio.Future[None]) -> None:
-        if done.cancelled():
-            return
-        error = done.exception()
-        if isinstance(error, Unavailable):
-            self._owe(write)
-        elif error is not None:
-            log.error("a charge could not be written", exc_info=error)
-
-    def _owe(self, write: Write) -> None:
-        if not self._owed:
-            log.warning("the store cannot be written; charges are kept in memory until it can")
+    def _owe(self, perform: Callable[[Any], None]) -> _Write:
+        write = _Write(perform)
         self._owed.append(write)
-        if self._retry is None or self._retry.done():
-            self._retry = asyncio.get_running_loop().create_task(self._settle_later())
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.get_running_loop().create_task(self._settle())
+        return write
 
-    async def _settle_later(self) -> None:
+    async def _settle(self) -> None:
+        """Writes until nothing is owed; while the store cannot be written, tries again now and then."""
+        together = TOGETHER
         while self._owed:
-            await asyncio.sleep(self._retry_seconds)
-            if await self._settle():
-                log.info("the store can be written again; nothing is owed any more")
+            last_attempt = self._closing.is_set()
+            writes = list(islice(self._owed, together))
+            try:
+                await asyncio.wrap_future(self._store.write(partial(_perform, writes)))
+            except Unavailable:
+                self._fail()
+                if last_attempt:
+                    return
+                await self._pause()
+                continue
+            except Exception:
+                if len(writes) > 1:  # one of them is faulty: the others must not wait for it for ever
+                    together = 1
+                    continue
+                log.exception("a charge cannot be written; it is dropped")
+            if self._failing:
+                self._failing = False
+                log.info("the store can be written again")
+            for _ in writes:
+                self._owed.popleft().settled.set()
 
-    async def _settle(self) -> bool:
-        """Writes everything owed in one transaction; False when the store still cannot."""
-        writes = list(self._owed)
+    def _fail(self) -> None:
+        """Nobody waits for what cannot be written."""
+        if not self._failing:
+            self._failing = True
+            log.warning("the store cannot be written; charges are kept in memory until it can")
+        for write in self._owed:
+            write.settled.set()
 
-        def all_of_them(db: Any) -> None:
-            for write in writes:
-                write(db)
-
+    async def _pause(self) -> None:
         try:
-            await asyncio.wrap_future(self._store.write(all_of_them))
-        except Unavailable:
-            return False
-        for _ in writes:
-            self._owed.popleft()
-        return not self._owed
+            async with asyncio.timeout(self._retry_seconds):
+                await self._closing.wait()
+        except TimeoutError:
+            pass
+
+
+def _perform(writes: list[_Write], db: Any) -> None:
+    for write in writes:
+        write.perform(db)

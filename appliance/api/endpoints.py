@@ -15,22 +15,26 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from appliance.api import health, llm
+from appliance.api.gate import Gate
 from appliance.api.services import Services
-from appliance.errors import Forbidden, Unauthorized
-from appliance.messages import Caller, Scope
+from appliance.messages import Scope
 
 Handler = Callable[[Request, Services], Awaitable[Response]]
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One row: `scope` None is open to everybody, else the key's scope must be `full` or this one."""
+    """One row: `scope` None is open to everybody, else the key's scope must be `full` or this one. A call `counts` in
+    its windows and `leases` one of its account's places; the handler that `queues` waits for the turn itself."""
 
     method: str
     path: str
     handler: Handler
     scope: Scope | None
     aliases: tuple[str, ...] = ()
+    counts: bool = True
+    leases: bool = True
+    queues: bool = False
 
 
 def under_api(path: str) -> tuple[str, ...]:
@@ -41,35 +45,30 @@ def under_api(path: str) -> tuple[str, ...]:
 ENDPOINTS = (
     Endpoint("GET", "/healthz", health.healthz, None),
     Endpoint("GET", "/readyz", health.readyz, None),
-    Endpoint("POST", "/llm/chat", llm.chat, "llm", under_api("/llm/chat")),
+    Endpoint("POST", "/llm/chat", llm.chat, "llm", under_api("/llm/chat"), queues=True),
 )
 
 
-def allow(endpoint: Endpoint, caller: Caller | None) -> None:
-    """Raises Unauthorized or Forbidden unless `caller` may use `endpoint`."""
-    if endpoint.scope is None:
-        return
-    if caller is None:
-        raise Unauthorized
-    reads = caller.scope == "read" and endpoint.method == "GET"
-    if caller.scope not in ("full", endpoint.scope) and not reads:
-        raise Forbidden(f"This key's scope is {caller.scope}; the endpoint needs full or {endpoint.scope}.")
-
-
-def routes(services: Services) -> list[BaseRoute]:
+def routes(services: Services, gate: Gate) -> list[BaseRoute]:
     """One Starlette route per path; methods of the same path share it, so that a wrong one gets the whole `Allow`."""
     by_path: dict[str, dict[str, Endpoint]] = defaultdict(dict)
     for endpoint in ENDPOINTS:
         for path in (endpoint.path, *endpoint.aliases):
             by_path[path][endpoint.method] = endpoint
-    return [Route(path, _gated(path, methods, services), methods=list(methods)) for path, methods in by_path.items()]
+    return [
+        Route(path, _gated(path, methods, services, gate), methods=list(methods)) for path, methods in by_path.items()
+    ]
 
 
-def _gated(path: str, methods: dict[str, Endpoint], services: Services) -> Callable[[Request], Awaitable[Response]]:
+def _gated(
+    path: str, methods: dict[str, Endpoint], services: Services, gate: Gate
+) -> Callable[[Request], Awaitable[Response]]:
     async def handle(request: Request) -> Response:
         request.state.endpoint = path
         endpoint = methods["GET" if request.method == "HEAD" else request.method]
-        allow(endpoint, request.state.caller)
+        gate.allow(request, endpoint.scope)
+        if endpoint.scope is not None:
+            await gate.enter(request, path, counts=endpoint.counts, leases=endpoint.leases, waits=not endpoint.queues)
         return await endpoint.handler(request, services)
 
     return handle

@@ -10,15 +10,23 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from appliance.access.admission import Admission, Entry, Terms
+from appliance.access.leases import State
 from appliance.access.windows import NAMES, Payer, View, bounds
 from appliance.messages import Caller
 
 Headers = list[tuple[bytes, bytes]]
-TermsOf = Callable[[Caller | None, str], Terms]  # of a caller, or of a stranger at an address
+
+
+class TermsOf(Protocol):
+    """Says what a caller is allowed, or a stranger at an address."""
+
+    def __call__(self, caller: Caller | None, ip: str, *, wrong_key: bool = False) -> Terms: ...
+
 
 FREE = (401, 403, 404, 429)
 _SHOWN = (
@@ -44,6 +52,13 @@ class Turn:
         """Until the call may run. Raises RateLimited when its turn does not come."""
         if self.entry is not None:
             await self._admission.turn(self.entry)
+
+    def place(self) -> tuple[int, int] | None:
+        """(place in its account's line, about how many seconds until its turn); None when it does not wait."""
+        lease = self.entry.lease if self.entry is not None else None
+        if lease is None or lease.state is not State.WAITING:
+            return None
+        return self._admission.leases.place(lease), max(1, math.ceil(self._admission.estimate(lease)))
 
     def headers(self, status: int) -> Headers:
         """What an answer of this status says of the caller's limits: as they were when the call was charged."""

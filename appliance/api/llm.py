@@ -13,10 +13,11 @@ from starlette.responses import Response
 
 from appliance.access.plans import PLANS
 from appliance.api.body import read_json
+from appliance.api.limits import Turn
 from appliance.api.render import error_body
 from appliance.api.services import Services
 from appliance.api.streams import EventStream, while_connected
-from appliance.chat import Answer, collect
+from appliance.chat import Answer, Completion, collect
 from appliance.errors import ApplianceError, BadRequest, InternalError
 from appliance.messages import (
     Caller,
@@ -30,6 +31,7 @@ from appliance.messages import (
 )
 
 MOST_STOPS = 16
+PLACE_SECONDS = 0.5  # how often a waiting stream looks at its place in line
 ANY_JSON_OBJECT: dict[str, Any] = {"type": "object"}
 
 
@@ -145,15 +147,16 @@ async def chat(request: Request, services: Services) -> Response:
         provider=body.provider or "auto",
         fallback=body.fallback,
     )
+    turn: Turn = request.state.turn
     if not body.stream:
-        done = await while_connected(request.receive, collect(answer.chunks))
+        done = await while_connected(request.receive, _whole(turn, answer))
         reply = ChatReply(
             done.text, answer.provider, answer.model, usage_body(done.usage), done.finish_reason, request_id
         )
         return Response(msgspec.json.encode(reply), media_type="application/json")
-    first = asyncio.ensure_future(anext(answer.chunks))
+    first = asyncio.ensure_future(_first(turn, answer))
     await while_connected(request.receive, _settle(first, answer, settings.stream_header_hold_seconds))
-    return EventStream(_events(first, answer, request_id), settings.ping_seconds, {})
+    return EventStream(_events(turn, first, answer, request_id), settings.ping_seconds, {})
 
 
 def completion_request(body: ChatBody, caller: Caller, request_id: str) -> CompletionRequest:
@@ -175,6 +178,16 @@ def usage_body(usage: Usage) -> UsageBody:
     return UsageBody(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, usage.cached_tokens)
 
 
+async def _whole(turn: Turn, answer: Answer) -> Completion:
+    await turn.wait()
+    return await collect(answer.chunks)
+
+
+async def _first(turn: Turn, answer: Answer) -> Chunk:
+    await turn.wait()
+    return await anext(answer.chunks)
+
+
 async def _settle(first: asyncio.Future[Chunk], answer: Answer, seconds: float) -> None:
     """Waits for the first chunk a moment, so that a refusal is still a real status: it raises here."""
     try:
@@ -188,10 +201,12 @@ async def _settle(first: asyncio.Future[Chunk], answer: Answer, seconds: float) 
         raise
 
 
-async def _events(first: asyncio.Future[Chunk], answer: Answer, request_id: str) -> AsyncGenerator[bytes]:
-    """The stream's events; an error becomes the last one."""
+async def _events(turn: Turn, first: asyncio.Future[Chunk], answer: Answer, request_id: str) -> AsyncGenerator[bytes]:
+    """The stream's events, with its place in line as comments before them; an error becomes the last one."""
     texts: list[str] = []
     try:
+        async for comment in _places(turn, first):
+            yield comment
         chunk = await first
         while True:
             texts.append(chunk.text)
@@ -220,6 +235,16 @@ async def _events(first: asyncio.Future[Chunk], answer: Answer, request_id: str)
     finally:
         first.cancel()
         await answer.chunks.aclose()
+
+
+async def _places(turn: Turn, first: asyncio.Future[Chunk]) -> AsyncGenerator[bytes]:
+    """What the account's line looks like to a call that waits in it, whenever that has changed."""
+    said = None
+    while not first.done() and (place := turn.place()) is not None:
+        if place != said:
+            said = place
+            yield b": queued, place %d, about %d s\n\n" % place
+        await asyncio.wait({first}, timeout=PLACE_SECONDS)
 
 
 def _event(body: Struct) -> bytes:

@@ -52,6 +52,7 @@ log = logging.getLogger("appliance.engine")
 
 DEFAULT_MAX_TOKENS = 1_024
 UNIFIED_UP_TO = 8  # slots for which one pool is as fast as streams on a GPU, too
+COPY_AFTER = 0.2  # seconds without work: whoever asks at once must not wait for a copy
 HEALTHY_STEPS = 1_000  # after which a broken context counts as the first again
 # Rows of others that look at a retained prefix until parking it was cheaper. On a CPU a cell costs a row about 0.2 us;
 # parking it 6 us where the cells lie in a row, and 80 us where they were taken in turns with 31 others, for a model of
@@ -110,6 +111,7 @@ class Engine:
         self._idle = threading.Event()
         self._idle.set()
         self._last_decode_end: float | None = None
+        self._quiet_since: float | None = None  # when there began to be nothing to compute
         self._steps_since_rebuild = HEALTHY_STEPS
         self._consecutive_errors = 0
         workers = min(8, llama.physical_cores() // 2)
@@ -268,11 +270,11 @@ class Engine:
         self._read_inbox()
         scheduler = self._scheduler
         n_decoding = sum(s.pending == 1 for s in scheduler.running)
-        n_prefilling = len(scheduler.running) - n_decoding + min(len(scheduler.line), scheduler.idle_slots)
-        step = scheduler.schedule(time.monotonic(), self._budget.tokens(n_decoding, n_prefilling))
+        step = scheduler.schedule(time.monotonic(), self._budget.tokens(n_decoding, scheduler.readers))
         for sequence in step.expired:
             self._fail(sequence, self._waited_too_long(sequence))
         if step.operations or not step.calls:
+            self._measure()
             self._publish()
         if not all(map(self._operate, step.operations)):
             self._lose_cache()
@@ -306,6 +308,7 @@ class Engine:
     def _compute(self, call: list[Slice]) -> bool:
         """One decode call and the tokens it yields; False when it must be planned anew."""
         rows = self._fill(call)
+        self._quiet_since = None
         self._publish()  # now, since whoever takes it needs the interpreter, which the computation does not
         started = time.monotonic()
         code = self._context.decode(rows)
@@ -527,16 +530,20 @@ class Engine:
         self.metrics.service_seconds = old + 0.1 * (seconds - old) if old else seconds
 
     def _rest(self) -> None:
-        """Nothing to compute: time to copy what may have to go later, then to sleep until a command comes, or a
-        waiter's deadline."""
+        """Nothing to compute: sleep until a command comes, or a waiter's deadline; after a while, time to copy what
+        may have to go later."""
+        now = time.monotonic()
         self._last_decode_end = None
-        if copy := self._scheduler.copy_idle():
+        self._quiet_since = self._quiet_since or now
+        until = [s.deadline - now for s in self._scheduler.line]
+        if now - self._quiet_since < COPY_AFTER:
+            until.append(self._quiet_since + COPY_AFTER - now)
+        elif not self._inbox and (copy := self._scheduler.copy_idle()):
             self._operate(copy)
             return
         self._wake.clear()
         if not self._inbox and not self._stopping:
-            deadline = min((s.deadline for s in self._scheduler.line), default=None)
-            self._wake.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            self._wake.wait(max(0.0, min(until)) if until else None)
 
     # ── when things break ────────────────────────────────────────────────────────────────────────────────────────
 

@@ -53,6 +53,11 @@ class Parking:
     def __contains__(self, number: int) -> bool:
         return number in self._prefixes
 
+    def first_to_go(self) -> int:
+        """A mere copy of what the cache holds as well, else the least recently used prefix."""
+        copies = (number for number, prefix in self._prefixes.items() if prefix.copy == number)
+        return next(copies, next(iter(self._prefixes)))
+
     def takes(self, prefix: Prefix) -> bool:
         """Whether it fits when all others go."""
         return len(prefix.tokens) <= self.capacity

@@ -24,6 +24,7 @@ Row = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
 FOLD = 64  # rows of the folded view
+FEW = 256
 FIRST_NUCLEUS = 256  # candidates that nearly always hold the whole top-p nucleus
 
 
@@ -90,13 +91,19 @@ class Sampler:
         return min(index, len(weights) - 1)
 
     def _pick(self, ids: Ids, logits: Row, mass: float) -> int:
-        """One of few, so that lists are faster than arrays: the caches are cold when a step has read the weights."""
+        """One of the candidates. Of few, lists are faster than arrays: the caches are cold after the weights."""
         s = self.settings
+        weights: list[float] | NDArray[np.float64]
+        cumulative: list[float] | NDArray[np.float64]
         if not len(ids):
             raise InternalError("The model produced no usable probabilities.")
-        values = logits.tolist()
-        weights = [math.exp(value - values[0]) for value in values]
-        cumulative = list(accumulate(weights))
+        if len(ids) > FEW:
+            many = np.exp(logits - logits[0], dtype=np.float64)
+            weights, cumulative = many, many.cumsum()
+        else:
+            values = logits.tolist()
+            weights = [math.exp(value - values[0]) for value in values]
+            cumulative = list(accumulate(weights))
         if not math.isfinite(cumulative[-1]):
             raise InternalError("The model produced no usable probabilities.")
         keep = len(weights)

@@ -192,6 +192,14 @@ class Scheduler:
         step.calls = self._calls(slices, prefills)
         return step
 
+    @property
+    def readers(self) -> int:
+        """Interactive sequences whose prompts are read now, or will be at once."""
+        reading = sum(s.pending > 1 and s.lane != "batch" for s in self.running)
+        if self._blocked_since is not None:
+            return reading
+        return reading + min(sum(s.lane != "batch" for s in self.line), self.idle_slots)
+
     def copy_idle(self) -> Park | None:
         """When nothing runs: one more retained prefix is copied to main memory, if there is room to spare, so that it
         can leave the cache without delay when others come. None: all are."""
@@ -342,6 +350,8 @@ class Scheduler:
         if source in self.retained:
             self.retained.move_to_end(source)
             self.retained[source].rows = 0
+            if self.retained[source].copy in self.parking:
+                self.parking.use(self.retained[source].copy)
         whole = source in self.retained and shared == self.cells.length(source)
         if whole or (source in self.retained and not self.limits.unified and not self._free_ids):
             self._take_over(sequence, source, shared)
@@ -433,6 +443,7 @@ class Scheduler:
         prefix = Prefix(sequence.account, sequence.tokens[:computed].copy(), min(sequence.own_prefix, computed))
         for other in list(self._index.ends_within(prefix.namespace, prefix.tokens)):
             if other in self.retained:
+                self._forget_copy(self.retained[other])
                 self._drop(other)
             elif other in self.parking:
                 self._forget(other)
@@ -467,12 +478,9 @@ class Scheduler:
         prefix = self.retained[slot]
         if prefix.copy not in self.parking and self.parking.takes(prefix) and self._is_distinct(prefix, slot):
             while self.parking.too_full_for(prefix):
-                self._forget(next(iter(self.parking)))
+                self._forget(self.parking.first_to_go())
             prefix.copy = self.parking.put(prefix)
             self._operations.append(Park(slot, prefix.copy))
-        if prefix.copy in self.parking:
-            self._hold(prefix, prefix.copy)
-            prefix.copy = NOBODY
         self._drop(slot)
 
     def _is_distinct(self, prefix: Prefix, slot: int) -> bool:
@@ -488,9 +496,13 @@ class Scheduler:
         return len(prefix.tokens) - longest
 
     def _drop(self, slot: int) -> None:
-        """A retained prefix is gone for good."""
-        self._forget_copy(self.retained.pop(slot))
+        """A retained prefix leaves the cache; main memory's copy, if there is one, takes its place."""
+        prefix = self.retained.pop(slot)
         self._index.remove(slot)
+        if prefix.copy in self.parking:
+            self._hold(prefix, prefix.copy)
+            self.parking.use(prefix.copy)
+            prefix.copy = NOBODY
         self._truncate(slot, 0)
         self._free_ids.add(slot)
 

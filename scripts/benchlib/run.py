@@ -20,7 +20,7 @@ from scripts.benchlib.prompts import Lengths
 from scripts.benchlib.servers import Server, Setup, Size
 
 T = TypeVar("T")
-SETTLE_SECONDS = 0.5
+SETTLE_SECONDS = 1.0
 SMALL = Size(slots=2, longest=2_048, total=4_096)
 
 

@@ -1,0 +1,62 @@
+"""The gate between the route and its handler: may this caller use it, is there room in its limits, and is it its turn.
+
+A refusal comes before a byte of the body is read. The charge is committed before the handler runs, and so before the
+answer's first byte; what ends a call is the limits' layer's business. Strangers pay for being refused, by address, so
+that keys cannot be guessed; a valid key is never asked about its neighbours at the same address.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from starlette.requests import Request
+
+from appliance.access.admission import Admission
+from appliance.access.ledger import Ledger
+from appliance.api.limits import TermsOf, Turn
+from appliance.errors import Forbidden, Unauthorized
+from appliance.messages import Caller, Scope
+from appliance.store.usage import Call
+
+
+class Gate:
+    """Lets calls in."""
+
+    def __init__(self, admission: Admission, ledger: Ledger, terms_of: TermsOf) -> None:
+        self.admission = admission
+        self._ledger = ledger
+        self.terms_of = terms_of
+
+    def allow(self, request: Request, scope: Scope | None) -> None:
+        """Raises Unauthorized or Forbidden unless the caller may use an endpoint of this scope, None: open to all."""
+        caller: Caller | None = request.state.caller
+        if scope is None:
+            return
+        if caller is None:
+            self.refuse(request)
+            raise Unauthorized
+        reads = caller.scope == "read" and request.method in ("GET", "HEAD")
+        if caller.scope not in ("full", scope) and not reads:
+            raise Forbidden(f"This key's scope is {caller.scope}; the endpoint needs full or {scope}.")
+
+    def refuse(self, request: Request) -> None:
+        """A stranger is about to be refused, and pays for it. Raises RateLimited when that was once too often."""
+        if request.state.caller is None:
+            ip = request.client.host if request.client else ""
+            self.admission.visit(self.terms_of(None, ip, wrong_key="authorization" in request.headers))
+
+    async def enter(self, request: Request, path: str, *, counts: bool, leases: bool, waits: bool) -> None:
+        """Charges the call, commits that, and waits for its turn, unless the handler does so itself (`waits` False).
+        Raises RateLimited or MonthlyLimitReached."""
+        caller: Caller | None = request.state.caller
+        turn: Turn = request.state.turn
+        if caller is None:
+            return
+        entry = turn.reserve(counts=counts, leases=leases)
+        if entry.charge is not None and entry.charge.payers:
+            call = Call(caller.account_id, caller.key_id, path, time.time())
+            entry.undo = partial(self._ledger.take_back, call, entry.charge)
+            await self._ledger.charge(call, entry.charge)
+        if waits:
+            await turn.wait()
