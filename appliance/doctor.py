@@ -125,7 +125,12 @@ def _llama() -> Finding:
     try:
         backend = _backend()
     except ModelError as error:
-        return Finding("llama.cpp", "fail", error.message, "run ./install.sh again: it builds for this machine")
+        return Finding(
+            "llama.cpp",
+            "fail",
+            error.message,
+            "delete .venv and run ./install.sh again: it builds anew for this machine",
+        )
     where = "GPU and CPU" if backend["gpu_offload"] else "CPU"
     return Finding("llama.cpp", "ok", f"llama-cpp-python {backend['llama_cpp_python']}, built for the {where}.")
 

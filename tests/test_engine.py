@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from appliance import tinymodel
 from appliance.config import EngineSettings
 from appliance.engine.engine import Engine
 from appliance.engine.grammar import SchemaCompiler
@@ -483,6 +484,12 @@ def test_an_idle_engine_does_nothing(tiny_gguf: Path) -> None:
         time.sleep(0.5)
         assert engine.metrics.steps == before
         assert time.process_time() - spent < 0.25  # a spinning thread would take all of the half second
+
+
+def test_a_model_that_was_made_for_embeddings_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    tinymodel.write(tmp_path / "embedding.gguf", embedding=True)
+    with pytest.raises(ModelError, match="not a text-generating"):
+        Engine(tmp_path / "embedding.gguf", SETTINGS)
 
 
 def test_a_file_that_is_no_model_is_refused_with_a_sentence(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ class Model:
             raise ModelError(f"llama.cpp cannot load {path}: the file is damaged or its architecture is not supported.")
         self.handle: Any = handle
         self._vocab = lib.llama_model_get_vocab(handle)
-        if not lib.llama_model_has_decoder(handle) or lib.llama_model_has_encoder(handle):
+        if not lib.llama_model_has_decoder(handle) or lib.llama_model_has_encoder(handle) or self._pools():
             self.close()
             raise ModelError(f"{path} is not a text-generating decoder model.")
         self.n_tokens = int(lib.llama_vocab_n_tokens(self._vocab))
@@ -166,6 +166,12 @@ class Model:
         self.window = int(lib.llama_model_n_swa(handle))  # of sliding-window attention; 0 without
         self.token_bytes = Pieces(map(self._piece, range(self.n_tokens)))
         self.longest_piece = max(map(len, self.token_bytes))
+
+    def _pools(self) -> bool:
+        """Whether it was made for embeddings: llama.cpp would draw noise from it, or abort on a long prompt."""
+        architecture = self.metadata("general.architecture")
+        pooling, causal = (self.metadata(f"{architecture}.{key}") for key in ("pooling_type", "attention.causal"))
+        return pooling not in (None, "0") or causal == "false"
 
     def close(self) -> None:
         """Frees the model; safe to call twice. Every context must be closed before."""

@@ -79,9 +79,9 @@ class Corpus:
     def conversation(self, draw: random.Random) -> Turns:
         """One example: a question or a dialogue, with its answers."""
         kind = draw.random()
-        if kind < 0.78:
+        if kind < 0.76:
             turns = self._single(draw)
-        elif kind < 0.92:
+        elif kind < 0.925:
             turns = self._foreign(draw)
         elif kind < 0.985:
             turns = self._dialogue(draw)
