@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from appliance.engine.cells import CellTable
+from appliance.engine.density import densest, move, runs
 from appliance.engine.fairness import WaitingLine
 from appliance.engine.parking import Parking, Prefix
 from appliance.engine.prefixes import PrefixIndex, common_prefix
@@ -528,6 +529,39 @@ def test_a_burst_brings_a_parked_prefix_back_once() -> None:
     sim.scheduler._evict_all()
     finished(sim, *(sequence(np.concatenate([prompt(400), prompt(5, 1_000 * i)])) for i in range(1, 4)))
     assert sim.restored == 1
+
+
+def test_in_streams_whatever_runs_lies_together_soon() -> None:
+    sim = Simulator(replace(SPLIT, slots=16, ids=16, per_sequence=200, batch=512))
+    lengths = [5, 60, 5, 60, 60, 5, 5, 60, 60, 5, 60, 5, 5, 60, 60, 5]
+    crowd = [sequence(prompt(20 + i, 50 * i), new=new, account=f"x{i % 3}") for i, new in enumerate(lengths)]
+    sim.scheduler.submit(crowd)
+    while sum(s.status is Status.RUNNING for s in crowd) > 8 or not sim.scheduler.running:
+        sim.step()
+    for _ in range(8):
+        sim.step()
+    slots = [s.slot for s in sim.scheduler.running]
+    assert len(slots) == 8 and len(runs(slots)) == 1, sorted(slots)
+    late = sequence(prompt(20, 2_000), new=20)
+    sim.scheduler.submit([late])
+    sim.step()
+    assert len(runs(s.slot for s in sim.scheduler.running)) == 1, "whoever comes lies beside them"
+    sim.run([*crowd, late])
+    again = [sequence(np.concatenate([s.tokens, ints(1)]), new=6, account=s.account) for s in crowd[::3]]
+    sim.scheduler.submit(again)
+    for _ in range(4):
+        sim.step(256)
+    assert len(runs(s.slot for s in sim.scheduler.running)) == 1
+    sim.run(again)
+    kept = [s.cached_tokens >= s.n_prompt - 2 for s in again]
+    assert sum(kept) >= len(again) - 1, "follow-ups find their prefixes, although these had to move"
+
+
+def test_a_gap_is_closed_from_the_smaller_side() -> None:
+    assert runs([5, 1, 2, 7, 6]) == [[1, 2], [5, 6, 7]]
+    assert move([1, 2, 5, 6, 7]) == (1, 4) and move([1, 2, 3, 6]) == (6, 4)
+    assert move([3, 4, 5]) is None and move([]) is None
+    assert densest([0, 9, 4], {3, 5}) == 4 and densest([7, 0], set()) == 7
 
 
 def test_in_streams_a_short_match_does_not_cost_a_long_chat_its_prefix() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from appliance.engine.cells import CellTable
+from appliance.engine.density import densest, move
 from appliance.engine.fairness import OUTPUT_COST, PROMPT_COST, WaitingLine
 from appliance.engine.parking import NOBODY, Parking, Prefix
 from appliance.engine.prefixes import PrefixIndex
@@ -182,6 +183,7 @@ class Scheduler:
         """The next step; `budget` is the most prompt tokens it may compute. One without calls: nothing to do."""
         step = Step(expired=self._expire(now))
         self._admit(now)
+        self._close_gap()
         decoding = [s for s in self.running if s.pending == 1]
         self._make_cells(len(decoding))
         decoding = [s for s in decoding if s.status is Status.RUNNING]
@@ -353,15 +355,18 @@ class Scheduler:
             if self.retained[source].copy in self.parking:
                 self.parking.use(self.retained[source].copy)
         whole = source in self.retained and shared == self.cells.length(source)
-        if whole or (source in self.retained and not self.limits.unified and not self._free_ids):
+        slot = self._choose_id(keep=source, whole=whole)
+        if slot == source or (whole and self.limits.unified):
             self._take_over(sequence, source, shared)
         else:
-            sequence.slot = self._take_id(keep=source)
+            sequence.slot = self._take_id(slot, keep=source)
             if source in self.parking:
                 self._restore(source, sequence.slot, shared)
             elif shared:
                 self._operations.append(Copy(source, sequence.slot, shared))
                 self.cells.share(source, sequence.slot, shared)
+                if whole:
+                    self._drop(source)  # it has moved
         sequence.computed = shared
         if self.limits.can_share:
             self._register(sequence)
@@ -382,13 +387,57 @@ class Scheduler:
         self._truncate(slot, shared)
         sequence.slot = slot
 
-    def _take_id(self, keep: int) -> int:
-        """The lowest free id (dense ids keep split batches whole), else the least recently used retained one's."""
-        if not self._free_ids:
-            self._drop(next(slot for slot in self.retained if slot != keep))
-        slot = min(self._free_ids)
+    def _choose_id(self, keep: int, *, whole: bool) -> int:
+        """For a new sequence: the lowest free id, else the least recently used retained one; in split streams of all
+        of these the one that keeps the batch whole, which may be `keep` itself where its `whole` prefix is used."""
+        candidates = sorted(self._free_ids) or [slot for slot in self.retained if slot != keep]
+        if self.limits.unified:
+            return candidates[0] if candidates else keep
+        others = [slot for slot in self.retained if slot not in candidates and (slot != keep or whole)]
+        first = [keep] if whole else []  # what need not move is preferred
+        return densest([*first, *candidates, *others] or [keep], {s.slot for s in self.running})
+
+    def _take_id(self, slot: int, keep: int) -> int:
+        """Makes `slot` free, and takes it. What is retained there moves to another free id, if there is one."""
+        if slot in self.retained:
+            if self._free_ids and not self.limits.unified:
+                self._displace(slot)
+            else:
+                self._drop(slot)
         self._free_ids.remove(slot)
         return slot
+
+    def _displace(self, slot: int) -> None:
+        """A retained prefix makes room for a running sequence, and goes far from those that run."""
+        running = [s.slot for s in self.running] or [slot]
+        target = max(self._free_ids, key=lambda free: min(abs(free - one) for one in running))
+        self._free_ids.remove(target)
+        prefix, length = self.retained[slot], self.cells.length(slot)
+        self._operations.append(Copy(slot, target, length))
+        self.cells.share(slot, target, length)
+        self._index.remove(slot)
+        self._truncate(slot, 0)
+        self._free_ids.add(slot)
+        self.retained = OrderedDict((target if s == slot else s, p) for s, p in self.retained.items())
+        self._hold(prefix, target)
+
+    def _close_gap(self) -> None:
+        """In split streams: moves one running sequence towards the others, where one that ended has left a gap."""
+        if self.limits.unified or not self.limits.can_share:
+            return
+        found = move(s.slot for s in self.running)
+        if found is None:
+            return
+        source, target = found
+        sequence = next(s for s in self.running if s.slot == source)
+        sequence.slot = self._take_id(target, keep=source)
+        if sequence.computed:
+            self._operations.append(Copy(source, target, sequence.computed))
+            self.cells.share(source, target, sequence.computed)
+        self._index.remove(source)
+        self._truncate(source, 0)
+        self._free_ids.add(source)
+        self._register(sequence)
 
     def _register(self, sequence: Sequence) -> None:
         self._index.insert(sequence.account, sequence.tokens, sequence.slot)
