@@ -53,6 +53,7 @@ from appliance.store.lock import DataDirLock
 log = logging.getLogger("appliance")
 
 TURN_SECONDS = 10.0  # how long a call waits until fewer of its account run
+FORGET_SECONDS = 600.0  # between two looks for callers who have been gone for long
 CLOSE_SECONDS = 0.8  # for unloading the model at the end
 SWITCH_SECONDS = 0.0005  # the decode thread waits this long at most until the event loop gives the interpreter back
 
@@ -64,6 +65,7 @@ class Appliance:
         self.draining = False
         app: ASGIApp = Router(routes(services, gate), redirect_slashes=False, default=_no_such_endpoint(gate))
         app = self._drain(app)
+        app = gate.watch(app)
         app = Auth(app, keyring)
         app = Hosts(app, services.config.server)
         app = Guard(app)
@@ -118,6 +120,7 @@ class Process:
         socket_path = admin.socket_path(self.config.data_dir)
         operator = admin.AdminServer(socket_path, self.operate)
         await operator.start()
+        forgetting = asyncio.create_task(self._forget())
         loader = threading.Thread(target=self._load, name="load", daemon=True)
         loader.start()
         host, port = bound.getsockname()[:2]
@@ -126,10 +129,16 @@ class Process:
         try:
             await server.serve(self.app, self.config.server, bound, self.app.drain, self.local.cut)
         finally:
+            forgetting.cancel()
             await operator.close()
             await self.ledger.close()
             await self._end()
         return self.exit_code
+
+    async def _forget(self) -> None:
+        while True:
+            await asyncio.sleep(FORGET_SECONDS)
+            self.gate.admission.forget()
 
     async def _end(self) -> None:
         """Unloads the model. A load, or a long step, cannot be interrupted: then the process ends as it is, since the

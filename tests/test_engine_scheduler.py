@@ -553,8 +553,23 @@ def test_in_streams_whatever_runs_lies_together_soon() -> None:
         sim.step(256)
     assert len(runs(s.slot for s in sim.scheduler.running)) == 1
     sim.run(again)
-    kept = [s.cached_tokens >= s.n_prompt - 2 for s in again]
-    assert sum(kept) >= len(again) - 1, "follow-ups find their prefixes, although these had to move"
+    assert all(s.cached_tokens >= s.n_prompt - 2 for s in again), "they find their prefixes, although these had to move"
+
+
+def test_in_streams_the_latest_chat_keeps_its_prefix_when_its_gap_is_closed() -> None:
+    sim = Simulator(replace(SPLIT, slots=8, ids=8, per_sequence=200, batch=512))
+    finished(sim, *(sequence(prompt(30, 100 * i), new=2, account=f"x{i}") for i in range(8)))  # every id is used
+    chats = [sequence(prompt(40, 3_000 + 100 * i), new=new) for i, new in enumerate([90, 10, 90])]
+    sim.scheduler.submit(chats)
+    while chats[1].status is not Status.FINISHED:
+        sim.step(512)
+    for _ in range(3):
+        sim.step(512)
+    assert len(runs(s.slot for s in sim.scheduler.running)) == 1, "its gap is closed"
+    again = sequence(np.concatenate([chats[1].tokens, ints(1)]), new=2)
+    sim.scheduler.submit([again])
+    sim.run([again, chats[0], chats[2]])
+    assert again.cached_tokens == chats[1].length - 1
 
 
 def test_a_gap_is_closed_from_the_smaller_side() -> None:

@@ -120,6 +120,22 @@ async def test_a_slow_commit_holds_nobody_up(store: Store, monkeypatch: pytest.M
 
 
 @looped
+async def test_the_end_does_not_wait_for_ever(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    ledger, windows = Ledger(store, retry_seconds=0.02), Windows()
+    store.write(lambda db: db.execute("pragma busy_timeout = 10000")).result()
+    other: Any = store._connect()
+    other.execute("begin immediate")
+    call = asyncio.ensure_future(ledger.charge(CHAT, windows.take([PAYER], NOON)))
+    await asyncio.sleep(0.05)
+    async with asyncio.timeout(3):
+        await ledger.close()
+        await call
+    other.execute("rollback")
+    other.close()
+    assert "1 charges are lost" in caplog.text
+
+
+@looped
 async def test_what_is_owed_at_the_end_is_written_if_it_can_be(store: Store) -> None:
     ledger, windows = Ledger(store, retry_seconds=60), Windows()
     with locked(store):

@@ -51,7 +51,7 @@ class Stack:
 
     def _as(self, app: Any) -> Any:
         async def called(scope: Any, receive: Any, send: Any) -> None:
-            scope["state"]["caller"] = self.caller
+            scope["state"]["caller"], scope["state"]["wrong_key"] = self.caller, False
             await app(scope, receive, send)
 
         return called

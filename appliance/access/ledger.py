@@ -26,6 +26,7 @@ log = logging.getLogger("appliance.ledger")
 
 COMMIT_SECONDS = 1.0  # a call waits so long for its charge's commit, and goes on then
 RETRY_SECONDS = 1.0
+CLOSE_SECONDS = 0.8  # for the last attempt
 TOGETHER = 256  # most writes in one transaction
 
 
@@ -78,7 +79,7 @@ class Ledger:
         """One last attempt at what is owed; the rest is lost, and the log says how much."""
         self._closing.set()
         if self._writer is not None:
-            await self._writer
+            await asyncio.wait({self._writer}, timeout=CLOSE_SECONDS)
         if self._owed:
             log.error("the store could not be written: %d charges are lost", len(self._owed))
 
@@ -108,6 +109,7 @@ class Ledger:
                     together = 1
                     continue
                 log.exception("a charge cannot be written; it is dropped")
+                together = TOGETHER
             if self._failing:
                 self._failing = False
                 log.info("the store can be written again")

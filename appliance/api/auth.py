@@ -11,7 +11,7 @@ from appliance.access.keys import bearer
 
 
 class Auth:
-    """Puts the `Caller` of a valid key into `scope["state"]["caller"]`, None otherwise."""
+    """Puts the `Caller` of a valid key into `scope["state"]["caller"]`, else None, and whether a wrong one came."""
 
     def __init__(self, app: ASGIApp, keyring: KeyRing) -> None:
         self.app = app
@@ -21,5 +21,6 @@ class Auth:
         if scope["type"] == "http":
             values = [value for name, value in scope["headers"] if name == b"authorization"]
             ip = scope["client"][0] if scope["client"] else ""
-            scope["state"]["caller"] = self.keyring.find(bearer(values), time.time(), ip)
+            caller = self.keyring.find(bearer(values), time.time(), ip)
+            scope["state"]["caller"], scope["state"]["wrong_key"] = caller, caller is None and bool(values)
         await self.app(scope, receive, send)

@@ -11,6 +11,8 @@ import time
 from functools import partial
 
 from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as ASGIScope
 
 from appliance.access.admission import Admission
 from appliance.access.ledger import Ledger
@@ -42,9 +44,22 @@ class Gate:
 
     def refuse(self, request: Request) -> None:
         """A stranger is about to be refused, and pays for it. Raises RateLimited when that was once too often."""
-        if request.state.caller is None:
-            ip = request.client.host if request.client else ""
-            self.admission.visit(self.terms_of(None, ip, wrong_key="authorization" in request.headers))
+        if request.state.caller is None and not request.state.wrong_key:  # which has paid already
+            self._visit(request.scope)
+
+    def watch(self, app: ASGIApp) -> ASGIApp:
+        """Whoever brings a wrong key pays for it, wherever: open pages would show, too, whether one is valid."""
+
+        async def watched(scope: ASGIScope, receive: Receive, send: Send) -> None:
+            if scope["state"]["wrong_key"]:
+                self._visit(scope)
+            await app(scope, receive, send)
+
+        return watched
+
+    def _visit(self, scope: ASGIScope) -> None:
+        ip = scope["client"][0] if scope["client"] else ""
+        self.admission.visit(self.terms_of(None, ip, wrong_key=scope["state"]["wrong_key"]))
 
     async def enter(self, request: Request, path: str, *, counts: bool, leases: bool, waits: bool) -> None:
         """Charges the call, commits that, and waits for its turn, unless the handler does so itself (`waits` False).

@@ -90,7 +90,11 @@ class Limits:
             return await self.app(scope, receive, send)
         state = scope.setdefault("state", {})
         ip = scope["client"][0] if scope["client"] else ""
-        turn = state["turn"] = Turn(self._admission, lambda: self._terms_of(state.get("caller"), ip))
+
+        def terms() -> Terms:
+            return self._terms_of(state.get("caller"), ip, wrong_key=state.get("wrong_key", False))
+
+        turn = state["turn"] = Turn(self._admission, terms)
         status, failed = 0, False
 
         async def stamped(message: Message) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -32,6 +32,8 @@ from appliance.messages import (
 
 MOST_STOPS = 16
 PLACE_SECONDS = 0.5  # how often a waiting stream looks at its place in line
+Begin = Callable[[], Awaitable[Answer]]
+First = asyncio.Future[tuple[Answer, Chunk]]
 ANY_JSON_OBJECT: dict[str, Any] = {"type": "object"}
 
 
@@ -142,21 +144,22 @@ async def chat(request: Request, services: Services) -> Response:
     settings = services.config.server
     body = await read_json(request, ChatBody, settings.max_body_bytes)
     request_id: str = request.state.request_id
-    answer = services.chat.start(
-        completion_request(body, request.state.caller, request_id),
-        provider=body.provider or "auto",
-        fallback=body.fallback,
-    )
+    asked = completion_request(body, request.state.caller, request_id)
     turn: Turn = request.state.turn
+
+    async def begin() -> Answer:
+        await turn.wait()
+        return services.chat.start(asked, provider=body.provider or "auto", fallback=body.fallback)
+
     if not body.stream:
-        done = await while_connected(request.receive, _whole(turn, answer))
+        answer, done = await while_connected(request.receive, _whole(begin))
         reply = ChatReply(
             done.text, answer.provider, answer.model, usage_body(done.usage), done.finish_reason, request_id
         )
         return Response(msgspec.json.encode(reply), media_type="application/json")
-    first = asyncio.ensure_future(_first(turn, answer))
-    await while_connected(request.receive, _settle(first, answer, settings.stream_header_hold_seconds))
-    return EventStream(_events(turn, first, answer, request_id), settings.ping_seconds, {})
+    first = asyncio.ensure_future(_first(begin))
+    await while_connected(request.receive, _settle(first, settings.stream_header_hold_seconds))
+    return EventStream(_events(turn, first, request_id), settings.ping_seconds, {})
 
 
 def completion_request(body: ChatBody, caller: Caller, request_id: str) -> CompletionRequest:
@@ -178,36 +181,42 @@ def usage_body(usage: Usage) -> UsageBody:
     return UsageBody(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, usage.cached_tokens)
 
 
-async def _whole(turn: Turn, answer: Answer) -> Completion:
-    await turn.wait()
-    return await collect(answer.chunks)
+async def _whole(begin: Begin) -> tuple[Answer, Completion]:
+    answer = await begin()
+    return answer, await collect(answer.chunks)
 
 
-async def _first(turn: Turn, answer: Answer) -> Chunk:
-    await turn.wait()
-    return await anext(answer.chunks)
+async def _first(begin: Begin) -> tuple[Answer, Chunk]:
+    answer = await begin()
+    return answer, await anext(answer.chunks)
 
 
-async def _settle(first: asyncio.Future[Chunk], answer: Answer, seconds: float) -> None:
+async def _settle(first: First, seconds: float) -> None:
     """Waits for the first chunk a moment, so that a refusal is still a real status: it raises here."""
     try:
         await asyncio.wait({first}, timeout=seconds)
         if first.done():
             first.result()
     except BaseException:
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        await answer.chunks.aclose()
+        await _abandon(first)
         raise
 
 
-async def _events(turn: Turn, first: asyncio.Future[Chunk], answer: Answer, request_id: str) -> AsyncGenerator[bytes]:
+async def _abandon(first: First) -> None:
+    """Ends an answer, whether it has begun or not."""
+    first.cancel()
+    [found] = await asyncio.gather(first, return_exceptions=True)
+    if not isinstance(found, BaseException):
+        await found[0].chunks.aclose()
+
+
+async def _events(turn: Turn, first: First, request_id: str) -> AsyncGenerator[bytes]:
     """The stream's events, with its place in line as comments before them; an error becomes the last one."""
     texts: list[str] = []
     try:
         async for comment in _places(turn, first):
             yield comment
-        chunk = await first
+        answer, chunk = await first
         while True:
             texts.append(chunk.text)
             if chunk.usage is not None:
@@ -233,11 +242,10 @@ async def _events(turn: Turn, first: asyncio.Future[Chunk], answer: Answer, requ
     except StopAsyncIteration:
         yield b"data: " + error_body(InternalError("The answer ended early."), request_id) + b"\n\n"
     finally:
-        first.cancel()
-        await answer.chunks.aclose()
+        await _abandon(first)
 
 
-async def _places(turn: Turn, first: asyncio.Future[Chunk]) -> AsyncGenerator[bytes]:
+async def _places(turn: Turn, first: First) -> AsyncGenerator[bytes]:
     """What the account's line looks like to a call that waits in it, whenever that has changed."""
     said = None
     while not first.done() and (place := turn.place()) is not None:

@@ -27,6 +27,7 @@ RETAIN_AT_LEAST = 16  # shorter prefixes are not worth a sequence id, or bringin
 DISTINCT = 8  # a prefix is worth a copy when at least one part in so many is in no other
 WHOLE = 4  # a parked prefix comes back whole, so at least one part in so many must be of use
 HEADROOM = 64  # cells kept for the growth of a sequence, when another one asks to be admitted
+WORTH_MOVING = 16  # tokens that a sequence may still generate; with fewer a gap is soon closed by its end
 FREE = 8  # a prefix that can go without a copy goes after so small a part of the rows that others wait for
 LOOK_AHEAD = 8  # waiters that may pass one which does not fit
 LOOK_AHEAD_SECONDS = 2.0  # after which nobody passes it any more
@@ -245,6 +246,8 @@ class Scheduler:
     def _admit(self, now: float) -> None:
         """Admits waiters in fair order until nobody fits. Who waits for a prefix that is being computed is passed."""
         progress = bool(len(self.line))
+        if not progress:
+            self._blocked_since = None
         displaced: set[Sequence] = set()  # whoever gave way in this round does not come back in it
         while progress:
             progress = False
@@ -398,12 +401,14 @@ class Scheduler:
         return densest([*first, *candidates, *others] or [keep], {s.slot for s in self.running})
 
     def _take_id(self, slot: int, keep: int) -> int:
-        """Makes `slot` free, and takes it. What is retained there moves to another free id, if there is one."""
-        if slot in self.retained:
-            if self._free_ids and not self.limits.unified:
-                self._displace(slot)
-            else:
-                self._drop(slot)
+        """Makes `slot` free, and takes it. In streams, what is retained there moves to another id: to a free one, else
+        to that of the least recently used prefix but `keep`."""
+        if slot in self.retained and not self.limits.unified and not self._free_ids:
+            self._drop(next((other for other in self.retained if other != keep), slot))
+        if slot in self.retained and not self.limits.unified:
+            self._displace(slot)
+        elif slot in self.retained:
+            self._drop(slot)
         self._free_ids.remove(slot)
         return slot
 
@@ -430,6 +435,8 @@ class Scheduler:
             return
         source, target = found
         sequence = next(s for s in self.running if s.slot == source)
+        if sequence.remaining < WORTH_MOVING:
+            return
         sequence.slot = self._take_id(target, keep=source)
         if sequence.computed:
             self._operations.append(Copy(source, target, sequence.computed))
