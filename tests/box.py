@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,6 +169,14 @@ class Box:
 
     def ready(self) -> Any:
         return self.get("/readyz").json
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Looks again and again; fails when `condition` does not hold in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
 
 
 def events(answer: bytes) -> list[Any]:

@@ -8,23 +8,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.box import Box, command, environment, events, free_port
+from tests.box import Box, command, environment, events, free_port, wait_until
 
 HELLO = [{"role": "user", "content": "Hello"}]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("path", ["/llm/chat", "/api/llm/chat", "/api/v1/llm/chat"])

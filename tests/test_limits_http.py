@@ -11,7 +11,7 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from appliance.access.terms import WRONG_KEYS
 from appliance.store import usage
 from appliance.store.database import Store
 from appliance.store.keyfile import read_key
-from tests.box import Answer, Box, events
+from tests.box import Answer, Box, events, wait_until
 
 ROUNDS = 20
 ABORTS = 1_000
@@ -50,13 +50,6 @@ def account(box: Box, name: str, plan: str = "community", keys: int = 1) -> list
 def status(box: Box) -> dict[str, Any]:
     found: dict[str, Any] = admin.call(admin.socket_path(box.data_dir), "status", {})
     return found
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
 
 
 def room_in_the_minute(seconds: float) -> None:
