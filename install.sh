@@ -383,6 +383,7 @@ Type=exec
 User=$service_user
 Group=$service_user
 ExecStart=$command
+ExecReload=/bin/kill -HUP \$MAINPID
 EnvironmentFile=-/etc/appliance/environment
 RuntimeDirectory=appliance
 RuntimeDirectoryMode=0700

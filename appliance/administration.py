@@ -7,22 +7,30 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 from appliance.access import keys as key_form
+from appliance.access.forecast import forecast
 from appliance.access.keyring import Entry, KeyRing
+from appliance.access.plans import Plans
+from appliance.access.windows import bounds
 from appliance.catalog import Catalog, Model
-from appliance.errors import BadRequest, ModelError, NotFound, Unavailable
-from appliance.store import accounts, audit, backup, keys
+from appliance.errors import BadRequest, ConfigError, ModelError, NotFound, Unavailable
+from appliance.messages import AS_ACCOUNT, KeyLimits
+from appliance.store import accounts, audit, backup, calls, keys, usage, users
 from appliance.store.database import Store
 from appliance.store.ids import COMMAND_LINE
 from appliance.store.keyfile import MasterKey
 
 log = logging.getLogger("appliance.administration")
+
+PAGE = 1_000  # rows of one answer
+FOREVER = 1 << 40  # epoch seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,7 @@ class Administration:
     master_key: MasterKey
     catalog: Catalog
     keyring: KeyRing
+    plans: Plans  # the settings'
 
     def reload_keys(self) -> None:
         """The keyring holds what the store says."""
@@ -52,18 +61,126 @@ class Administration:
             log.warning("%s was done, but is not in the audit log: %s", what, error.message)
 
     def account_create(self, name: str, plan: str, email: str | None = None) -> dict[str, Any]:
+        self._need_plan(plan)
         return asdict(accounts.create(self.store, name, plan, email))
 
     def account_list(self) -> list[dict[str, Any]]:
         return [asdict(a) for a in accounts.listing(self.store)]
 
-    def key_create(self, account: str, name: str, scope: str) -> dict[str, Any]:
-        """The only answer that ever holds the key itself."""
-        raw = key_form.generate()
-        new = keys.NewKey(key_form.digest(raw), *key_form.display(raw))
-        made = keys.create(self.store, accounts.by_name(self.store, account).id, name, scope, new, COMMAND_LINE)
+    def account_set_plan(self, name: str, plan: str) -> dict[str, Any]:
+        self._need_plan(plan)
+        return self._changed(accounts.set_plan(self.store, name, plan))
+
+    def account_disable(self, name: str) -> dict[str, Any]:
+        return self._changed(accounts.set_disabled(self.store, name, True))
+
+    def account_enable(self, name: str) -> dict[str, Any]:
+        return self._changed(accounts.set_disabled(self.store, name, False))
+
+    def account_delete(self, name: str) -> dict[str, Any]:
+        return self._changed(accounts.delete(self.store, name))
+
+    def account_export(self, name: str) -> dict[str, Any]:
+        """All but the calls, of which there may be millions: those come by `calls_after`."""
+        account = accounts.by_name(self.store, name)
+        return {
+            "account": asdict(account),
+            "users": [asdict(u) for u in users.listing(self.store) if u.account_id == account.id],
+            "keys": [asdict(k) for k in keys.listing(self.store) if k.account_id == account.id],
+            "usage": [asdict(total) for total in usage.totals(self.store, account.id, 0, FOREVER)],
+        }
+
+    def _changed(self, account: accounts.Account) -> dict[str, Any]:
+        self.reload_keys()
+        return asdict(account)
+
+    def _need_plan(self, name: str) -> None:
+        if name not in self.plans:
+            raise BadRequest(f"There is no plan {name[:50]!r}; the plans are {', '.join(self.plans)}.")
+
+    def check_plans(self, plans: Container[str]) -> None:
+        """Raises ConfigError unless every account's plan is among `plans`."""
+        missing = {account.plan for account in accounts.listing(self.store) if account.plan not in plans}
+        if missing:
+            raise ConfigError(f"Accounts have the plan {', '.join(sorted(missing))}, which the settings do not name.")
+
+    def user_create(self, name: str, password: str, role: str, account: str | None = None) -> dict[str, Any]:
+        account_id = accounts.by_name(self.store, account).id if account else None
+        return asdict(users.create(self.store, name, password, role, account_id))
+
+    def user_list(self) -> list[dict[str, Any]]:
+        return [asdict(u) for u in users.listing(self.store)]
+
+    def user_passwd(self, name: str, password: str) -> dict[str, Any]:
+        return asdict(users.set_password(self.store, name, password))
+
+    def user_disable(self, name: str) -> dict[str, Any]:
+        return asdict(users.disable(self.store, name))
+
+    def key_create(
+        self,
+        account: str,
+        name: str,
+        scope: str,
+        expires: int | None = None,
+        networks: list[str] | None = None,
+        limits: dict[str, int] | None = None,
+    ) -> dict[str, Any]:
+        """This answer and `key_rotate`'s are the only ones that ever hold a key itself."""
+        raw, new = _new_key()
+        made = keys.create(
+            self.store,
+            accounts.by_name(self.store, account).id,
+            name,
+            scope,
+            new,
+            COMMAND_LINE,
+            expires=expires,
+            networks=networks or (),
+            limits=KeyLimits(**limits) if limits else AS_ACCOUNT,
+        )
         self.reload_keys()
         return {"key": raw, **asdict(made)}
+
+    def key_rotate(self, key_id: str, overlap_seconds: int) -> dict[str, Any]:
+        raw, new = _new_key()
+        old, made = keys.rotate(self.store, key_id, new, overlap_seconds)
+        self.reload_keys()
+        return {"key": raw, "ends": old.expires, "replaces": old.id, **asdict(made)}
+
+    def audit_list(self) -> list[dict[str, Any]]:
+        return [{**asdict(act), "hash": act.hash.hex()} for act in audit.listing(self.store)]
+
+    def audit_verify(self) -> dict[str, Any]:
+        chain = audit.verify(self.store)
+        return {"rows": chain.rows, "head": chain.head.hex(), "broken": chain.broken}
+
+    def usage(self, first_day: int, last_day: int, account: str | None = None) -> list[dict[str, Any]]:
+        """Totals of one account, or of all, by day; both days (epoch seconds) are included."""
+        chosen = [accounts.by_name(self.store, account)] if account else accounts.listing(self.store, deleted=True)
+        return [
+            {"account": one.name, **asdict(total)}
+            for one in chosen
+            for total in usage.totals(self.store, one.id, first_day, last_day)
+        ]
+
+    def usage_forecast(self, account: str | None = None) -> dict[str, str]:
+        """Of one account, or of all, what will become of this month's calls at this pace."""
+        chosen = [accounts.by_name(self.store, account)] if account else accounts.listing(self.store)
+        now = time.time()
+        start = bounds("month", now)[0]
+        used = {one.name: usage.month_used(self.store, one.id, start) for one in chosen}
+        return {one.name: forecast(used[one.name], self.plans[one.plan].per_month, now).sentence for one in chosen}
+
+    def calls_latest(self, most: int, account: str | None = None) -> list[dict[str, Any]]:
+        """The newest rows of the log of calls, oldest first."""
+        account_id = accounts.by_name(self.store, account).id if account else None
+        return [{"number": n, **asdict(row)} for n, row in calls.latest(self.store, min(most, PAGE), account_id)]
+
+    def calls_after(self, after: int, account: str | None = None) -> list[dict[str, Any]]:
+        """The next rows of the log of calls beyond number `after`, a page of them."""
+        account_id = accounts.by_name(self.store, account).id if account else None
+        return [{"number": n, **asdict(row)} for n, row in calls.after(self.store, after, PAGE, account_id)]
 
     def key_list(self) -> list[dict[str, Any]]:
         return [asdict(k) for k in keys.listing(self.store)]
@@ -76,8 +193,13 @@ class Administration:
     def models_list(self) -> list[dict[str, Any]]:
         return [described(m) for m in self.catalog.entries()]
 
-    def models_add(self, file: str, name: str | None = None, copy: bool = False) -> dict[str, Any]:
-        return described(self.catalog.add(Path(file), name=name, copy=copy))
+    def models_added(self, name: str) -> dict[str, Any]:
+        """Records that a model was added, which the command does by itself."""
+        added = next((m for m in self.catalog.entries() if m.name == name), None)
+        if added is None:
+            raise NotFound(f"There is no model {name[:100]!r}.")
+        self.record("models.add", name=added.name, sha256=added.sha256)
+        return described(added)
 
     def models_use(self, name: str) -> dict[str, Any]:
         """Chooses the model that the next start loads."""
@@ -98,15 +220,36 @@ class Administration:
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "account.create": Administration.account_create,
     "account.list": Administration.account_list,
+    "account.set-plan": Administration.account_set_plan,
+    "account.disable": Administration.account_disable,
+    "account.enable": Administration.account_enable,
+    "account.delete": Administration.account_delete,
+    "account.export": Administration.account_export,
+    "user.create": Administration.user_create,
+    "user.list": Administration.user_list,
+    "user.passwd": Administration.user_passwd,
+    "user.disable": Administration.user_disable,
+    "audit.list": Administration.audit_list,
+    "audit.verify": Administration.audit_verify,
+    "usage": Administration.usage,
+    "usage.forecast": Administration.usage_forecast,
+    "calls.latest": Administration.calls_latest,
+    "calls.after": Administration.calls_after,
+    "key.rotate": Administration.key_rotate,
     "key.create": Administration.key_create,
     "key.list": Administration.key_list,
     "key.revoke": Administration.key_revoke,
     "models.list": Administration.models_list,
-    "models.add": Administration.models_add,
+    "models.added": Administration.models_added,
     "models.use": Administration.models_use,
     "models.verify": Administration.models_verify,
     "backup": Administration.backup,
 }
+
+
+def _new_key() -> tuple[str, keys.NewKey]:
+    raw = key_form.generate()
+    return raw, keys.NewKey(key_form.digest(raw), *key_form.display(raw))
 
 
 def perform(administration: Administration, operation: str, arguments: dict[str, Any]) -> Any:

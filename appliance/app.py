@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from appliance import admin, logs, server
-from appliance.access import terms
 from appliance.access.admission import Admission
+from appliance.access.calllog import CallLog
 from appliance.access.keyring import KeyRing
 from appliance.access.ledger import Ledger
+from appliance.access.plans import Plans
+from appliance.access.terms import Tariff
 from appliance.administration import Administration, perform, served_model
 from appliance.api.access_log import AccessLog
 from appliance.api.auth import Auth
@@ -38,12 +41,21 @@ from appliance.api.gate import Gate
 from appliance.api.guard import Guard
 from appliance.api.hosts import Hosts
 from appliance.api.limits import Limits
+from appliance.api.metrics import metrics_token
 from appliance.api.proxies import Proxies
 from appliance.api.services import Services
 from appliance.catalog import Catalog
 from appliance.chat import Chat
-from appliance.config import Config
-from appliance.errors import BadRequest, DataDirError, Draining, EngineBroken, ModelError, NotFound
+from appliance.config import Config, show
+from appliance.errors import (
+    ApplianceError,
+    BadRequest,
+    DataDirError,
+    Draining,
+    EngineBroken,
+    ModelError,
+    NotFound,
+)
 from appliance.messages import CompletionRequest, Message, Role
 from appliance.providers.local import LocalProvider
 from appliance.store.database import Store
@@ -52,7 +64,8 @@ from appliance.store.lock import DataDirLock
 
 log = logging.getLogger("appliance")
 
-TURN_SECONDS = 10.0  # how long a call waits until fewer of its account run
+AT_ONCE = ("plans", "limits", "retention")  # sections that a running server follows
+VALID_SECONDS = 0.5  # between two looks for running calls whose key is valid no longer
 FORGET_SECONDS = 600.0  # between two looks for callers who have been gone for long
 CLOSE_SECONDS = 0.8  # for unloading the model at the end
 SWITCH_SECONDS = 0.0005  # the decode thread waits this long at most until the event loop gives the interpreter back
@@ -69,8 +82,8 @@ class Appliance:
         app = Auth(app, keyring)
         app = Hosts(app, services.config.server)
         app = Guard(app)
-        app = Limits(app, gate.admission, gate.terms_of)
-        self._stack = Proxies(AccessLog(app), services.config.server)
+        self.limits = Limits(app, gate.admission, gate.terms_of)
+        self._stack = Proxies(AccessLog(self.limits, services.calls.add), services.config.server)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self
@@ -100,16 +113,31 @@ def _no_such_endpoint(gate: Gate) -> ASGIApp:
 class Process:
     """Everything that one server process holds, and how it ends."""
 
-    def __init__(self, config: Config, administration: Administration) -> None:
+    def __init__(self, config: Config, administration: Administration, reread: Callable[[], Config]) -> None:
         self.config = config
+        self._reread = reread
         self.administration = administration
         self.local = LocalProvider(config.engine, on_fatal=self._engine_broke)
         self.chat = Chat(self.local)
         self.ledger = Ledger(administration.store)
-        # Nobody is limited yet: the endpoints, commands and settings that say what limits there are come first.
-        self.gate = Gate(Admission(wait_seconds=TURN_SECONDS), self.ledger, terms.unlimited)
+        self.plans = administration.plans
+        administration.check_plans(self.plans)
+        self.tariff = Tariff(self.plans, config.limits)
+        self.gate = Gate(Admission(wait_seconds=config.limits.turn_seconds), self.ledger, self.tariff)
         self.ledger.restore(self.gate.admission.windows, time.time())
-        self.app = Appliance(Services(config, self.chat, self.local), administration.keyring, self.gate)
+        self.calls = CallLog(administration.store, lambda: self.config.retention)
+        services = Services(
+            config=config,
+            chat=self.chat,
+            local=self.local,
+            store=administration.store,
+            admission=self.gate.admission,
+            plans=self.plans,
+            ledger=self.ledger,
+            calls=self.calls,
+            metrics_token=metrics_token(config.server.metrics_token_file),
+        )
+        self.app = Appliance(services, administration.keyring, self.gate)
         self.exit_code = 0
         self._swap = threading.Lock()
         self._closing = False
@@ -120,7 +148,8 @@ class Process:
         socket_path = admin.socket_path(self.config.data_dir)
         operator = admin.AdminServer(socket_path, self.operate)
         await operator.start()
-        forgetting = asyncio.create_task(self._forget())
+        beside = [asyncio.create_task(work) for work in (self._forget(), self._cut_invalid(), self.calls.run())]
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
         loader = threading.Thread(target=self._load, name="load", daemon=True)
         loader.start()
         host, port = bound.getsockname()[:2]
@@ -129,16 +158,48 @@ class Process:
         try:
             await server.serve(self.app, self.config.server, bound, self.app.drain, self.local.cut)
         finally:
-            forgetting.cancel()
+            for task in beside:
+                task.cancel()
             await operator.close()
             await self.ledger.close()
+            await self.calls.flush()
             await self._end()
         return self.exit_code
+
+    def reload(self) -> dict[str, Any]:
+        """Reads the settings again, valid as a whole or refused as a whole. Raises ConfigError; nothing has changed
+        then. Plans, limits and retention count from now on; what else has changed is named."""
+        before, found = self.config, self._reread()
+        self.administration.check_plans(found.plans)
+        rows = {name: value for name, value, _ in show(before)}
+        changed = [(name, value) for name, value, _ in show(found) if rows.get(name) != value]
+        now = [f"{name} = {value}" for name, value in changed if name.split(".")[0] in AT_ONCE]
+        later = [f"{name} = {value}" for name, value in changed if name.split(".")[0] not in AT_ONCE]
+        self.config = replace(before, plans=found.plans, limits=found.limits, retention=found.retention)
+        self.plans.replace(found.plans)
+        self.tariff.limits = found.limits
+        self.gate.admission.wait_seconds = found.limits.turn_seconds
+        return {"changed": now, "after_a_restart": later}
+
+    def _hang_up(self) -> None:
+        """SIGHUP: as `appliance reload`, with the outcome in the log."""
+        try:
+            log.info("the settings were read again", extra=self.reload())
+        except ApplianceError as error:
+            log.error("the settings stay as they were: %s", error.message)
 
     async def _forget(self) -> None:
         while True:
             await asyncio.sleep(FORGET_SECONDS)
             self.gate.admission.forget()
+
+    async def _cut_invalid(self) -> None:
+        """Revoked and expired keys end their running calls too."""
+        keyring = self.administration.keyring
+        while True:
+            await asyncio.sleep(VALID_SECONDS)
+            now = time.time()
+            self.app.limits.cut_invalid(lambda caller: keyring.holds(caller.key_id, now))  # noqa: B023
 
     async def _end(self) -> None:
         """Unloads the model. A load, or a long step, cannot be interrupted: then the process ends as it is, since the
@@ -194,6 +255,8 @@ class Process:
         elif operation == "status":
             leases = self.gate.admission.leases
             yield {"result": self.local.status() | {"calls_running": leases.running, "calls_in_line": len(leases)}}
+        elif operation == "reload":
+            yield {"result": self.reload()}
         elif operation == "models.use":
             yield {"result": await asyncio.to_thread(self._use, str(arguments["name"]))}
         else:
@@ -213,14 +276,15 @@ class Process:
         yield {"result": None}
 
 
-def serve(config: Config) -> int:
-    """Runs the server in the foreground; the exit code. Raises OperatorError when it cannot start."""
+def serve(config: Config, reread: Callable[[], Config]) -> int:
+    """Runs the server in the foreground; the exit code. Raises OperatorError when it cannot start. `reread` gives the
+    settings as they are now."""
     logs.configure()
     sys.setswitchinterval(SWITCH_SECONDS)
     server.tls_context(config.server)  # a certificate that cannot be used ends the start before anything else is done
     with _opened(config) as administration, server.bind(config.server.host, config.server.port) as bound:
         administration.reload_keys()
-        process = Process(config, administration)
+        process = Process(config, administration, reread)
         return uvloop.run(process.run(bound))
 
 
@@ -264,7 +328,7 @@ def _opened(config: Config) -> Iterator[Administration]:
         key = read_key(config.key_file)
         store = Store.open(config.database, key)
         stack.callback(store.close)
-        yield Administration(store, key, Catalog(config.models_dir), KeyRing())
+        yield Administration(store, key, Catalog(config.models_dir), KeyRing(), Plans(config.plans))
 
 
 class _Turn(msgspec.Struct, forbid_unknown_fields=True):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from appliance.errors import Unavailable
-from appliance.messages import Chunk, CompletionRequest, FinishReason, Usage
+from appliance.messages import Chunk, CompletionRequest, FinishReason, Meter, Usage
 from appliance.providers.base import Provider
 
 
@@ -17,6 +18,7 @@ class Answer:
     provider: str
     model: str
     chunks: AsyncGenerator[Chunk]
+    meter: Meter = field(default_factory=Meter)  # right once the chunks have ended or were closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,15 @@ class Chat:
 
     def __init__(self, local: Provider) -> None:
         self._local = local
+        self.started: Counter[str] = Counter()  # completions by provider
 
     def start(self, request: CompletionRequest, *, provider: str = "auto", fallback: bool = True) -> Answer:
         """Names the provider and begins. Raises ModelNotReady, or Unavailable when the only permitted one cannot."""
         if provider == "groq" and not fallback:
             raise Unavailable("Groq is not configured on this box, and the request allows no other provider.")
-        return Answer(self._local.name, self._local.model, self._local.complete(request))
+        answer = Answer(self._local.name, self._local.model, self._local.complete(request), request.meter)
+        self.started[answer.provider] += 1
+        return answer
 
 
 async def collect(chunks: AsyncGenerator[Chunk]) -> Completion:

@@ -6,6 +6,8 @@ Owns no rule of its own: what an operation does stands in `administration`.
 
 from __future__ import annotations
 
+import calendar
+import csv
 import hashlib
 import json
 import os
@@ -25,7 +27,7 @@ import click
 
 from appliance import __version__, admin, config, doctor, errors, installation, tls
 from appliance.access.keyring import KeyRing
-from appliance.access.plans import PLANS
+from appliance.access.plans import Plans
 from appliance.administration import Administration, described, perform
 from appliance.catalog import Catalog
 from appliance.config import Config
@@ -46,6 +48,7 @@ from appliance.store.lock import DataDirLock
 
 BUSY_SECONDS = 5.0  # another command, or a server that is just starting, may hold the data directory this long
 PORTION = 1 << 20
+FOLLOW_SECONDS = 0.5
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # with these a model, or a GGUF header, could steer a terminal
 
 Answer = Callable[[str, dict[str, Any]], Iterator[dict[str, Any]]]  # an operation's parts
@@ -117,7 +120,7 @@ def _administration(settings: Config) -> Iterator[Administration]:
     with DataDirLock(settings.data_dir):
         key = read_key(settings.key_file)
         with closing(Store.open(settings.database, key)) as store:
-            yield Administration(store, key, Catalog(settings.models_dir), KeyRing())
+            yield Administration(store, key, Catalog(settings.models_dir), KeyRing(), Plans(settings.plans))
 
 
 @contextmanager
@@ -210,13 +213,26 @@ def serve(config_file: str | None, data_dir: str | None, **options: Any) -> int:
     """Serves until SIGTERM or Ctrl-C."""
     from appliance import app  # here: it brings llama.cpp and the server, which would slow down every other command
 
-    settings = config.load(data_dir, config_file)
-    for name, value in options.items():
-        section = "server" if name in ("host", "port") else "engine"
-        if value is not None:
-            settings = config.override(settings, {f"{section}.{name}": value}, f"option --{name}")
+    def read() -> Config:
+        settings = config.load(data_dir, config_file)
+        for name, value in options.items():
+            section = "server" if name in ("host", "port") else "engine"
+            if value is not None:
+                settings = config.override(settings, {f"{section}.{name}": value}, f"option --{name}")
+        return settings
+
+    settings = read()
     _need_initialised(settings)
-    return app.serve(settings)
+    return app.serve(settings, read)
+
+
+@main.command(name="reload")
+@_common
+@_json
+def reload_command(config_file: str | None, data_dir: str | None, as_json: bool) -> None:
+    """Lets the running server read its settings again: plans, limits and retention count at once."""
+    settings = config.load(data_dir, config_file)
+    _print(admin.call(admin.socket_path(settings.data_dir), "reload", {}), as_json)
 
 
 @main.command()
@@ -257,7 +273,9 @@ def account() -> None:
 @account.command(name="create")
 @_common
 @click.argument("name")
-@click.option("--plan", required=True, type=click.Choice(list(PLANS)))
+@click.option(
+    "--plan", required=True, metavar="PLAN", help="community, professional, enterprise, or one of the settings"
+)
 @click.option("--email", metavar="E")
 @_json
 def account_create(config_file: str | None, data_dir: str | None, as_json: bool, **values: Any) -> None:
@@ -274,6 +292,130 @@ def account_list(config_file: str | None, data_dir: str | None, as_json: bool) -
     _print_table(rows, ("id", "name", "plan", "email", "created", "disabled"), as_json)
 
 
+@account.command(name="set-plan")
+@_common
+@click.argument("name")
+@click.argument("plan")
+@_json
+def account_set_plan(config_file: str | None, data_dir: str | None, as_json: bool, **values: Any) -> None:
+    """Gives an account another plan, from its next call on."""
+    _print(_operate(config.load(data_dir, config_file), "account.set-plan", **values), as_json)
+
+
+@account.command(name="disable")
+@_common
+@click.argument("name")
+@_json
+def account_disable(config_file: str | None, data_dir: str | None, as_json: bool, name: str) -> None:
+    """Refuses an account's keys until it is enabled again."""
+    _print(_operate(config.load(data_dir, config_file), "account.disable", name=name), as_json)
+
+
+@account.command(name="enable")
+@_common
+@click.argument("name")
+@_json
+def account_enable(config_file: str | None, data_dir: str | None, as_json: bool, name: str) -> None:
+    """Lets a disabled account's keys work again."""
+    _print(_operate(config.load(data_dir, config_file), "account.enable", name=name), as_json)
+
+
+@account.command(name="export")
+@_common
+@click.argument("name")
+@click.argument("file", type=click.Path())
+@_json
+def account_export(config_file: str | None, data_dir: str | None, as_json: bool, name: str, file: str) -> None:
+    """Writes what is known of an account into a new JSON file: users, keys without secrets, usage, calls."""
+    settings, target = config.load(data_dir, config_file), Path(file).absolute()
+    found = _operate(settings, "account.export", name=name)
+    calls = list(_calls(settings, 0, account=found["account"]["id"]))
+    try:
+        with open(target, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
+            json.dump({**found, "calls": calls}, out, indent=1)
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error.strerror}; an export overwrites nothing.") from error
+    _print({"path": str(target), "keys": len(found["keys"]), "calls": len(calls)}, as_json)
+
+
+@account.command(name="delete")
+@_common
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="do not ask")
+@_json
+def account_delete(config_file: str | None, data_dir: str | None, as_json: bool, name: str, yes: bool) -> None:
+    """Deletes an account with its users and keys; what it used stays, as numbers."""
+    if not yes:
+        click.confirm(f"Delete the account {name}, its users and its keys? They cannot be brought back.", abort=True)
+    _print(_operate(config.load(data_dir, config_file), "account.delete", name=name), as_json)
+
+
+@main.group()
+def user() -> None:
+    """Users: people who sign in."""
+
+
+@user.command(name="create")
+@_common
+@click.argument("name")
+@click.option("--account", metavar="ACCOUNT", help="whose member the user is")
+@click.option("--administrator", is_flag=True, help="may do everything, and needs no account")
+@_json
+def user_create(
+    config_file: str | None, data_dir: str | None, as_json: bool, name: str, account: str | None, administrator: bool
+) -> None:
+    """Makes a user, and asks for the password."""
+    if not administrator and account is None:
+        raise UsageError("A user is a member of an account (--account NAME) or an administrator (--administrator).")
+    role = "administrator" if administrator else "member"
+    values = {"name": name, "password": _password(), "role": role, "account": account}
+    _print(_operate(config.load(data_dir, config_file), "user.create", **values), as_json)
+
+
+@user.command(name="list")
+@_common
+@_json
+def user_list(config_file: str | None, data_dir: str | None, as_json: bool) -> None:
+    """Lists the users."""
+    rows = _operate(config.load(data_dir, config_file), "user.list")
+    _print_table(rows, ("id", "name", "role", "account_id", "created", "disabled"), as_json)
+
+
+@user.command(name="passwd")
+@_common
+@click.argument("name")
+@_json
+def user_passwd(config_file: str | None, data_dir: str | None, as_json: bool, name: str) -> None:
+    """Gives a user another password, which is asked for."""
+    settings = config.load(data_dir, config_file)
+    _print(_operate(settings, "user.passwd", name=name, password=_password()), as_json)
+
+
+@user.command(name="disable")
+@_common
+@click.argument("name")
+@click.option("--revoke-keys", is_flag=True, help="and ends the keys that the user made")
+@_json
+def user_disable(config_file: str | None, data_dir: str | None, as_json: bool, name: str, revoke_keys: bool) -> None:
+    """Keeps a user from signing in. Asks whether the keys that the user made shall end, too."""
+    settings = config.load(data_dir, config_file)
+    disabled = _operate(settings, "user.disable", name=name)
+    made = [k for k in _operate(settings, "key.list") if k["created_by"] == disabled["id"] and not k["revoked"]]
+    if made and not revoke_keys and sys.stdin.isatty():
+        revoke_keys = click.confirm(f"{len(made)} keys were made by {name}. Revoke them?", err=True)
+    for one in made if revoke_keys else ():
+        _operate(settings, "key.revoke", key_id=one["id"])
+    kept = [] if revoke_keys else [one["id"] for one in made]
+    _print({**disabled, "keys_revoked": len(made) - len(kept), "keys_kept": kept}, as_json)
+
+
+def _password() -> str:
+    """From the terminal, twice and unseen, or the first line of what is piped in."""
+    if sys.stdin.isatty():
+        return str(click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True))
+    return sys.stdin.readline().rstrip("\n")
+
+
 @main.group()
 def key() -> None:
     """API keys."""
@@ -284,10 +426,30 @@ def key() -> None:
 @click.option("--account", required=True, metavar="NAME")
 @click.option("--name", required=True, metavar="N", help="what the key is for")
 @click.option("--scope", required=True, type=click.Choice(SCOPES))
+@click.option("--expires", metavar="WHEN", help="its end: a date (UTC) such as 2027-01-31, or a time such as 90d")
+@click.option("--network", "networks", multiple=True, metavar="CIDR", help="from where alone it may be used")
+@click.option("--per-minute", "minute", type=click.IntRange(1), metavar="N", help="calls, where the plan has more")
+@click.option("--per-hour", "hour", type=click.IntRange(1), metavar="N")
+@click.option("--per-month", "month", type=click.IntRange(1), metavar="N")
+@click.option("--concurrent", type=click.IntRange(1), metavar="N", help="calls at the same time")
+@click.option("--tokens-per-day", type=click.IntRange(1), metavar="N")
 @_json
-def key_create(config_file: str | None, data_dir: str | None, as_json: bool, **values: Any) -> None:
+def key_create(
+    config_file: str | None,
+    data_dir: str | None,
+    as_json: bool,
+    account: str,
+    name: str,
+    scope: str,
+    expires: str | None,
+    networks: tuple[str, ...],
+    **limits: int | None,
+) -> None:
     """Makes a key and prints it, this once."""
-    made = _operate(config.load(data_dir, config_file), "key.create", **values)
+    own = {name: limit for name, limit in limits.items() if limit is not None}
+    end = _end(expires) if expires else None
+    values = {"account": account, "name": name, "scope": scope, "networks": list(networks)}
+    made = _operate(config.load(data_dir, config_file), "key.create", **values, limits=own, expires=end)
     _print(made, as_json)
     if not as_json:
         click.echo("The key is shown this once; it cannot be recovered.", err=True)
@@ -299,7 +461,39 @@ def key_create(config_file: str | None, data_dir: str | None, as_json: bool, **v
 def key_list(config_file: str | None, data_dir: str | None, as_json: bool) -> None:
     """Lists the keys, revoked ones too."""
     rows = _operate(config.load(data_dir, config_file), "key.list")
-    _print_table(rows, ("id", "account", "name", "scope", "prefix", "last_four", "created", "revoked"), as_json)
+    columns = ("id", "account", "name", "scope", "prefix", "last_four", "created", "created_by", "last_used")
+    _print_table(rows, (*columns, "expires", "networks", "limits", "revoked"), as_json)
+
+
+@key.command(name="rotate")
+@_common
+@click.argument("key_id", metavar="ID")
+@click.option("--overlap", default="7d", show_default=True, metavar="TIME", help="how long the old key works on")
+@_json
+def key_rotate(config_file: str | None, data_dir: str | None, as_json: bool, key_id: str, overlap: str) -> None:
+    """Makes a key in the place of another, and prints it, this once."""
+    settings = config.load(data_dir, config_file)
+    made = _operate(settings, "key.rotate", key_id=key_id, overlap_seconds=_seconds(overlap))
+    _print(made, as_json)
+    if not as_json:
+        click.echo("The key is shown this once; it cannot be recovered.", err=True)
+
+
+def _end(when: str) -> int:
+    """Epoch seconds of an end: the end of a day in UTC, or so long from now. Raises UsageError."""
+    try:
+        day = datetime.strptime(when, "%Y-%m-%d").replace(tzinfo=UTC)
+    except ValueError:
+        return int(time.time()) + _seconds(when)
+    return int(day.timestamp()) + 86_400
+
+
+def _seconds(text: str) -> int:
+    """A time such as 90d, 12h or 0. Raises UsageError."""
+    found = re.fullmatch(r"(\d{1,6})([dhm]?)", text)
+    if found is None or (not found[2] and found[1] != "0"):
+        raise UsageError(f"{text[:50]!r} is no time; 90d, 12h and 30m are, and a date such as 2027-01-31.")
+    return int(found[1]) * {"d": 86_400, "h": 3_600, "m": 60, "": 1}[found[2]]
 
 
 @key.command(name="revoke")
@@ -309,6 +503,108 @@ def key_list(config_file: str | None, data_dir: str | None, as_json: bool) -> No
 def key_revoke(config_file: str | None, data_dir: str | None, as_json: bool, key_id: str) -> None:
     """Ends a key: its next call fails."""
     _print(_operate(config.load(data_dir, config_file), "key.revoke", key_id=key_id), as_json)
+
+
+# ── what was called, and what was done ───────────────────────────────────────────────────────────────────────────
+
+
+@main.command()
+@_common
+@click.option("--account", metavar="NAME", help="one account; default: all")
+@click.option("--month", metavar="YYYY-MM", help="default: this one")
+@click.option("--csv", "as_csv", is_flag=True, help="print CSV")
+@_json
+def usage(
+    config_file: str | None, data_dir: str | None, as_json: bool, account: str | None, month: str | None, as_csv: bool
+) -> None:
+    """Calls and tokens per account, day, key and endpoint; of this month with a forecast."""
+    this_month = datetime.now(UTC).strftime("%Y-%m")
+    first, last = _month(month or this_month)
+    settings = config.load(data_dir, config_file)
+    rows = _operate(settings, "usage", first_day=first, last_day=last, account=account)
+    counts = ("calls", "prompt_tokens", "completion_tokens", "cached_tokens", "seconds")
+    columns = ("account", "day", "key_id", "endpoint", "provider", "model", *counts)
+    for row in rows:
+        row["day"] = datetime.fromtimestamp(row["day"], UTC).strftime("%Y-%m-%d")
+    if as_csv:
+        writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return
+    _print_table(rows, columns, as_json)
+    if not as_json and month in (None, this_month):
+        for name, sentence in _operate(settings, "usage.forecast", account=account).items():
+            click.echo(f"{name}: {sentence}", err=True)
+
+
+def _month(text: str) -> tuple[int, int]:
+    """First and last day of a month, epoch seconds. Raises UsageError."""
+    try:
+        first = datetime.strptime(text, "%Y-%m").replace(tzinfo=UTC)
+    except ValueError as error:
+        raise UsageError(f"{text[:50]!r} is no month; 2026-11 is.") from error
+    days = calendar.monthrange(first.year, first.month)[1]
+    return int(first.timestamp()), int(first.timestamp()) + (days - 1) * 86_400
+
+
+@main.command(name="logs")
+@_common
+@click.option("--account", metavar="NAME", help="one account; default: all")
+@click.option("-n", "most", type=click.IntRange(0, 10_000), default=100, show_default=True, help="how many")
+@click.option("--follow", is_flag=True, help="go on with new calls, until Ctrl-C")
+@_json
+def logs_command(
+    config_file: str | None, data_dir: str | None, as_json: bool, account: str | None, most: int, follow: bool
+) -> None:
+    """The log of calls that the database keeps: time, endpoint, status, address, key; never a body or a query."""
+    settings = config.load(data_dir, config_file)
+    rows = _operate(settings, "calls.latest", most=max(1, most), account=account)
+    _show_calls(rows[len(rows) - most :], as_json)
+    last = rows[-1]["number"] if rows else 0
+    while follow:
+        time.sleep(FOLLOW_SECONDS)
+        for row in _calls(settings, last, account=account):
+            last = row["number"]
+            _show_calls([row], as_json)
+
+
+def _calls(settings: Config, after: int, account: str | None = None) -> Iterator[dict[str, Any]]:
+    """Every call beyond number `after`, oldest first."""
+    while rows := _operate(settings, "calls.after", after=after, account=account):
+        yield from rows
+        after = rows[-1]["number"]
+
+
+def _show_calls(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """A line each."""
+    for row in rows:
+        at = datetime.fromtimestamp(row["at"], UTC).strftime("%Y-%m-%d %H:%M:%S")
+        shown = (at, row["method"], row["endpoint"], row["status"], row["ip"], row["key_id"] or "-", row["request_id"])
+        click.echo(json.dumps(row) if as_json else "  ".join(map(str, (*shown, f"{row['ms']:g} ms"))))
+
+
+@main.group(name="audit")
+def audit_group() -> None:
+    """The log of administrative acts."""
+
+
+@audit_group.command(name="list")
+@_common
+@_json
+def audit_list(config_file: str | None, data_dir: str | None, as_json: bool) -> None:
+    """Lists what administrators did, oldest first."""
+    rows = _operate(config.load(data_dir, config_file), "audit.list")
+    _print_table(rows, ("number", "at", "who", "what", "about"), as_json)
+
+
+@audit_group.command(name="verify")
+@_common
+@_json
+def audit_verify(config_file: str | None, data_dir: str | None, as_json: bool) -> int:
+    """Follows the chain of hashes. Exit 1 if a row was changed or removed."""
+    found = _operate(config.load(data_dir, config_file), "audit.verify")
+    _print(found, as_json)
+    return int(found["broken"] is not None)
 
 
 # ── models ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -341,6 +637,7 @@ def models_add(config_file: str | None, data_dir: str | None, as_json: bool, fil
     # Here also while the server runs: a service may not see homes and /tmp, and the manifest has a lock of its own.
     made = described(Catalog(settings.models_dir).add(Path(file), **values))
     _hand_over(settings, Path(made["file"]), settings.models_dir / "manifest.json")
+    _operate(settings, "models.added", name=made["name"])
     _print(made, as_json)
 
 
@@ -612,7 +909,7 @@ def _print_table(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: 
 
 
 def _cell(name: str, value: Any) -> str:
-    if name in ("created", "revoked", "disabled", "expires", "last_used") and isinstance(value, int):
+    if name in ("created", "revoked", "disabled", "expires", "last_used", "ends", "at") and isinstance(value, int):
         return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S")
     if value is None or value == "":
         return "-"

@@ -90,6 +90,9 @@ class ServerSettings:
         1.5, "a stream's status waits this long for its first token, so that refusals are real statuses", low=0, high=60
     )
     ping_seconds: float = setting(15.0, "a silent stream gets a comment this often", low=0.05, high=15)
+    metrics_token_file: str = setting(
+        "", "file of the token with which other machines may read /metrics; empty: none may"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,45 @@ class StoreSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitSettings:
+    """`[limits]`"""
+
+    turn_seconds: float = setting(
+        10.0, "a call waits this long at most until fewer of its account run", low=0, high=3_600
+    )
+    strangers_per_minute: int = setting(120, "calls without a valid key per address", low=1, high=1_000_000)
+    wrong_keys_per_minute: int = setting(20, "calls with a wrong key per address", low=1, high=1_000_000)
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionSettings:
+    """`[retention]`"""
+
+    ip_days: int = setting(30, "days after which addresses in the log of calls are shortened", low=0, high=36_500)
+    call_days: int = setting(400, "days after which rows of the log of calls go", low=1, high=36_500)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSettings:
+    """`[plans.NAME]`: what an account of this plan may use; calls are counted in UTC windows."""
+
+    per_minute: int = setting(20, "calls per minute", low=1, high=1_000_000_000)
+    per_hour: int = setting(200, "calls per hour", low=1, high=1_000_000_000)
+    per_month: int = setting(1_000, "calls per month; 0: unlimited", low=0, high=1_000_000_000_000)
+    concurrent: int = setting(2, "calls at the same time", low=1, high=100_000)
+    weight: float = setting(1.0, "share of a busy box", low=0.01, high=1_000)
+
+
+PLANS = {
+    "community": PlanSettings(),
+    "professional": PlanSettings(60, 1_000, 10_000, 10, 2.0),
+    "enterprise": PlanSettings(300, 10_000, 0, 50, 4.0),
+}
+FIRST_PLAN = "plans.community"
+_PLAN_NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All settings, where they live, and where each value came from (`sources["server.port"]`)."""
 
@@ -144,6 +186,9 @@ class Config:
     server: ServerSettings = field(default_factory=ServerSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     store: StoreSettings = field(default_factory=StoreSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    retention: RetentionSettings = field(default_factory=RetentionSettings)
+    plans: Mapping[str, PlanSettings] = field(default_factory=lambda: dict(PLANS))
     file: Path | None = None
     sources: dict[str, str] = field(default_factory=dict)
 
@@ -160,9 +205,15 @@ class Config:
         return self.data_dir / "models"
 
 
-SECTIONS: dict[str, type[Any]] = {"server": ServerSettings, "engine": EngineSettings, "store": StoreSettings}
+SECTIONS: dict[str, type[Any]] = {
+    "server": ServerSettings,
+    "engine": EngineSettings,
+    "store": StoreSettings,
+    "limits": LimitSettings,
+    "retention": RetentionSettings,
+}
 # relative ones are relative to the settings file that names them
-PATHS = {"server.tls_cert", "server.tls_key", "store.key_file"}
+PATHS = {"server.tls_cert", "server.tls_key", "server.metrics_token_file", "store.key_file"}
 PREFIX = "APPLIANCE_"
 CHECKOUT = Path(__file__).parents[1]
 
@@ -193,15 +244,17 @@ class Setting:
         return words if self.low is None else f"{words} from {self.low:,} to {self.high:,}"
 
 
-def settings() -> list[Setting]:
-    """Every setting, in the order of the table."""
-    found = []
-    for section, cls in SECTIONS.items():
-        hints = get_type_hints(cls)
-        for f in fields(cls):
-            m = f.metadata
-            found.append(Setting(f"{section}.{f.name}", hints[f.name], f.default, **m))
-    return found
+def settings(plans: Mapping[str, PlanSettings] = PLANS) -> list[Setting]:
+    """Every setting, in the order of the table; of plans those of `plans`."""
+    found = [one for section, cls in SECTIONS.items() for one in _section(section, cls())]
+    return found + [one for name, plan in plans.items() for one in _section(f"plans.{name}", PLANS.get(name, plan))]
+
+
+def _section(section: str, defaults: Any) -> list[Setting]:
+    hints = get_type_hints(type(defaults))
+    return [
+        Setting(f"{section}.{f.name}", hints[f.name], getattr(defaults, f.name), **f.metadata) for f in fields(defaults)
+    ]
 
 
 def default_data_dir(environ: Mapping[str, str] = os.environ) -> Path:
@@ -250,9 +303,9 @@ def override(config: Config, values: Mapping[str, Any], source: str) -> Config:
 def show(config: Config) -> list[tuple[str, str, str]]:
     """(name, value, source) of every setting."""
     rows = []
-    for s in settings():
-        section, name = s.name.split(".")
-        value = getattr(getattr(config, section), name)
+    for s in settings(config.plans):
+        section, name = s.name.rsplit(".", 1)
+        value = getattr(_values(config, section), name)
         shown = list(value) if isinstance(value, tuple) else value
         rows.append((s.name, _toml(shown), config.sources.get(s.name, "default")))
     return rows
@@ -266,11 +319,12 @@ def example() -> str:
     ]
     section = ""
     for s in settings():
-        if not s.name.startswith(section + ".") or not section:
-            section = s.name.split(".")[0]
-            lines += ["", f"[{section}]"]
+        if s.name.rpartition(".")[0] != section:
+            section = s.name.rpartition(".")[0]
+            note = ["# A section [plans.NAME] with another name adds a plan."] if section == FIRST_PLAN else []
+            lines += ["", *note, f"[{section}]"]
         default = list(s.default) if isinstance(s.default, tuple) else s.default
-        lines += [f"# {s.help}; {s.allowed}", f"# {s.name.split('.')[1]} = {_toml(default)}"]
+        lines += [f"# {s.help}; {s.allowed}", f"# {s.name.rpartition('.')[2]} = {_toml(default)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -295,11 +349,14 @@ def _read_file(file: Path) -> Iterable[tuple[str, Any]]:
         raise ConfigError(f"{file}: the settings file cannot be read.") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists in lists in lists
         raise ConfigError(f"{file}: this is not a settings file: a value is too long or too deep.") from error
+    plans = tables.pop("plans", {})
+    if not isinstance(plans, dict):
+        raise ConfigError(f"{file}: plans are sections: write [plans.NAME] on a line of its own.")
+    tables |= {f"plans.{name}": table for name, table in plans.items()}
     for section, table in tables.items():
-        if section not in SECTIONS:
-            raise ConfigError(
-                f"{file}: there is no section [{_shown(section, bare=True)}]; {_nearest(section, SECTIONS)}."
-            )
+        if section not in SECTIONS and not section.startswith("plans."):
+            nearest = _nearest(section, [*SECTIONS, "plans"])
+            raise ConfigError(f"{file}: there is no section [{_shown(section, bare=True)}]; {nearest}.")
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {section} is a section: write [{section}] on a line of its own.")
         for name, value in table.items():
@@ -322,6 +379,9 @@ def _read_environment(config: Config, environ: Mapping[str, str]) -> Config:
         if not variable.startswith(PREFIX) or "__" not in variable:
             continue
         name = variable.removeprefix(PREFIX).lower().replace("__", ".", 1)
+        if name.startswith("plans."):
+            name = name.replace("__", ".")
+            known |= _of_plan(name)
         if name not in known:
             nearest = _nearest(name, known, lambda n: PREFIX + n.upper().replace(".", "__"))
             raise ConfigError(f"environment {_shown(variable, bare=True)}: there is no such setting; {nearest}.")
@@ -347,17 +407,36 @@ def _only_value(table: dict[str, Any], text: str) -> Any:
 
 
 def _override(config: Config, values: Iterable[tuple[str, Any]], source: str) -> Config:
-    known = {s.name: s for s in settings()}
+    known = {s.name: s for s in settings(config.plans)}
     sources = dict(config.sources)
     where = source.removeprefix("file ")
     for name, value in values:
+        known |= _of_plan(name)
         if name not in known:
             raise ConfigError(f"{where}: there is no setting {_shown(name, bare=True)}; {_nearest(name, known)}.")
-        section, key = name.split(".")
-        checked = _checked(known[name], value, where)
-        config = replace(config, **{section: replace(getattr(config, section), **{key: checked})})
+        section, key = name.rsplit(".", 1)
+        values_now = replace(_values(config, section), **{key: _checked(known[name], value, where)})
+        if section in SECTIONS:
+            config = replace(config, **{section: values_now})
+        else:
+            config = replace(config, plans={**config.plans, section.removeprefix("plans."): values_now})
         sources[name] = source
     return replace(config, sources=sources)
+
+
+def _values(config: Config, section: str) -> Any:
+    if section in SECTIONS:
+        return getattr(config, section)
+    return config.plans.get(section.removeprefix("plans."), PlanSettings())
+
+
+def _of_plan(name: str) -> dict[str, Setting]:
+    """The settings of the plan that `name` is one of: any sound name makes a plan."""
+    kind, _, rest = name.partition(".")
+    plan = rest.rpartition(".")[0]
+    if kind != "plans" or not _PLAN_NAME.fullmatch(plan):
+        return {}
+    return {s.name: s for s in _section(f"plans.{plan}", PLANS.get(plan, PlanSettings()))}
 
 
 def _checked(s: Setting, value: Any, source: str) -> Any:

@@ -133,12 +133,14 @@ class RateLimited(RequestError):
     """A window or the plan's concurrency refused the call."""
 
     status, code = 429, "RATE_LIMIT_EXCEEDED"
+    window: str = ""  # that is used up
 
 
 class MonthlyLimitReached(RequestError):
     """The month's calls are used up."""
 
     status, code = 429, "MONTHLY_LIMIT_EXCEEDED"
+    window = "month"
 
 
 class InternalError(ApplianceError):

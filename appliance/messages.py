@@ -77,6 +77,16 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(slots=True)
+class Meter:
+    """What a completion has taken, told by its provider at its end, however that came; `seconds` of the engine."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
     """One chat completion, as a provider takes it."""
@@ -94,6 +104,7 @@ class CompletionRequest:
     lane: Lane = "interactive"
     own_prefix: int = 0  # how many leading messages are the appliance's own (shared cache root)
     request_id: str = ""
+    meter: Meter = field(default_factory=Meter, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

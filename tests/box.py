@@ -81,23 +81,21 @@ class Box:
 
     @classmethod
     @contextmanager
-    def start(cls, data_dir: Path, *options: str, program: str = "appliance", **settings: str) -> Iterator[Box]:
+    def start(cls, data_dir: Path, *options: str, **settings: str) -> Iterator[Box]:
         made = json.loads(command("init", "--json", data_dir=data_dir, stdin="", check=True, **settings).stdout)
         if made["created"]:
             choose_tiny(data_dir)
-        with cls.serve(data_dir, *options, key=made.get("key", ""), program=program, **settings) as running:
+        with cls.serve(data_dir, *options, key=made.get("key", ""), **settings) as running:
             running.wait_ready()
             yield running
 
     @classmethod
     @contextmanager
-    def serve(
-        cls, data_dir: Path, *options: str, key: str = "", program: str = "appliance", **settings: str
-    ) -> Iterator[Box]:
+    def serve(cls, data_dir: Path, *options: str, key: str = "", **settings: str) -> Iterator[Box]:
         port, log = free_port(), data_dir / "server.log"
         with log.open("ab") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", program, "serve", "--data-dir", str(data_dir), "--port", str(port), *options],
+                [*APPLIANCE, "serve", "--data-dir", str(data_dir), "--port", str(port), *options],
                 stdout=out, stderr=out, env=environment(**settings),
             )  # fmt: skip
         running = cls(data_dir, port, key, process, log, settings)

@@ -10,7 +10,7 @@ import pytest
 
 from appliance.access.keyring import Entry, KeyRing
 from appliance.access.keys import bearer, digest, display, generate, looks_like_key
-from appliance.access.plans import PLANS
+from appliance.access.plans import Plans
 from appliance.messages import Caller
 
 HERE = "192.0.2.1"
@@ -113,9 +113,9 @@ def test_what_is_shown_of_a_key_tells_keys_apart_and_no_more() -> None:
 
 
 def test_the_plans_are_the_seeds() -> None:
-    rows = {p.name: (p.per_minute, p.per_hour, p.per_month, p.concurrent) for p in PLANS.values()}
+    rows = {p.name: (p.per_minute, p.per_hour, p.per_month, p.concurrent, p.weight) for p in Plans().values()}
     assert rows == {
-        "community": (20, 200, 1_000, 2),
-        "professional": (60, 1_000, 10_000, 10),
-        "enterprise": (300, 10_000, None, 50),
+        "community": (20, 200, 1_000, 2, 1.0),
+        "professional": (60, 1_000, 10_000, 10, 2.0),
+        "enterprise": (300, 10_000, None, 50, 4.0),
     }

@@ -11,6 +11,7 @@ import pytest
 
 from appliance.access import keys as key_form
 from appliance.access.keyring import KeyRing
+from appliance.access.plans import Plans
 from appliance.administration import Administration
 from appliance.catalog import Catalog
 from appliance.errors import Conflict
@@ -101,7 +102,7 @@ def test_what_is_done_outside_the_database_stays_done_when_it_cannot_be_noted(
 ) -> None:
     key = MasterKey.generate()
     with closing(Store.create(tmp_path / "appliance.db", key)) as store:
-        administration = Administration(store, key, Catalog(tmp_path / "models"), KeyRing())
+        administration = Administration(store, key, Catalog(tmp_path / "models"), KeyRing(), Plans())
         administration.record("backup", bytes=1)
         assert [row.what for row in audit.listing(store)] == ["backup"], "the control"
     administration.record("backup", bytes=2)  # the store is closed, and takes no more writes

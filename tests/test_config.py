@@ -55,10 +55,13 @@ def test_the_checkouts_file_is_the_table() -> None:
 def test_the_checkouts_file_without_its_marks_holds_the_defaults(data_dir: Path) -> None:
     lines = config.example().splitlines()
     unmarked = "\n".join(re.sub(r"^# (?=[a-z_]+ = )", "", line) for line in lines)
-    assert sum(len(table) for table in tomllib.loads(unmarked).values()) == len(config.settings())
+    tables = tomllib.loads(unmarked)
+    plans = tables.pop("plans")
+    assert sum(map(len, [*tables.values(), *plans.values()])) == len(config.settings())
     loaded = written(data_dir, unmarked)
     plain = config.Config(data_dir)
     assert (loaded.server, loaded.engine, loaded.store) == (plain.server, plain.engine, plain.store)
+    assert (loaded.limits, loaded.retention, loaded.plans) == (plain.limits, plain.retention, plain.plans)
 
 
 @pytest.mark.parametrize("setting", config.settings(), ids=lambda s: str(s.name))
@@ -297,8 +300,9 @@ def test_any_value_is_kept_exactly_or_refused_in_one_line(setting: config.Settin
     except ConfigError as error:
         assert "\n" not in error.message and setting.name in error.message
         return
-    section, key = setting.name.split(".")
-    found = getattr(getattr(kept, section), key)
+    section, key = setting.name.rsplit(".", 1)
+    of = kept.plans[section.removeprefix("plans.")] if section.startswith("plans.") else getattr(kept, section)
+    found = getattr(of, key)
     assert found == value and isinstance(found, setting.type)
 
 
@@ -311,3 +315,41 @@ def test_what_show_prints_is_toml(text: str) -> None:
     shown = dict((name, value) for name, value, _ in config.show(kept))["server.host"]
     assert "\n" not in shown
     assert tomllib.loads(f"v = {shown}")["v"] == text
+
+
+# ── plans ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_section_changes_a_plan_or_adds_one(data_dir: Path) -> None:
+    loaded = written(data_dir, "[plans.community]\nper_minute = 30\n[plans.lab]\nconcurrent = 4\nper_month = 0\n")
+    assert list(loaded.plans) == ["community", "professional", "enterprise", "lab"]
+    assert loaded.plans["community"] == config.PlanSettings(per_minute=30)
+    assert loaded.plans["lab"] == config.PlanSettings(concurrent=4, per_month=0)
+    assert loaded.plans["enterprise"] == config.PLANS["enterprise"]
+    assert ("plans.lab.concurrent", "4", f"file {data_dir / 'config.toml'}") in config.show(loaded)
+
+
+def test_the_environment_changes_a_plan_and_adds_one(data_dir: Path) -> None:
+    variables = {"APPLIANCE_PLANS__COMMUNITY__PER_HOUR": "500", "APPLIANCE_PLANS__LAB__PER_MINUTE": "7"}
+    loaded = config.load(data_dir, environ=variables)
+    assert loaded.plans["community"].per_hour == 500 and loaded.plans["lab"].per_minute == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[plans.community]\nper_minute = -1\n", "plans.community.per_minute must be a whole number from 1 to"),
+        ("[plans.community]\nper_minute = 0\n", "plans.community.per_minute must be"),
+        ("[plans.community]\nper_month = 1e30\n", "plans.community.per_month must be"),
+        ("[plans.community]\nconcurrent = 2.5\n", "plans.community.concurrent must be"),
+        ("[plans.community]\nweight = nan\n", "plans.community.weight must be"),
+        ("[plans.community]\nper_second = 1\n", "there is no setting plans.community.per_second"),
+        ('[plans."A b"]\nper_minute = 1\n', "there is no setting plans.A b.per_minute"),
+        ("plans = 3\n", "plans are sections"),
+        ("[plans]\ncommunity = 3\n", "plans.community is a section"),
+        ("[limits]\nturn_seconds = -1\n", "limits.turn_seconds must be"),
+        ("[retention]\ncall_days = 0\n", "retention.call_days must be"),
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_refused(data_dir: Path, text: str, told: str) -> None:
+    assert told in refusal(data_dir, text)

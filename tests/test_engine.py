@@ -23,6 +23,7 @@ from appliance.engine.engine import Engine
 from appliance.engine.grammar import SchemaCompiler
 from appliance.engine.model import Context, Model
 from appliance.engine.request import Event, Generate, Ticket
+from appliance.engine.sampling import Sampler
 from appliance.engine.sequence import Sequence
 from appliance.errors import (
     ApplianceError,
@@ -343,24 +344,33 @@ def test_without_a_limit_1024_tokens_come(tiny_gguf: Path) -> None:
 def test_rows_drawn_in_parallel_threads_are_those_drawn_one_by_one(
     tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def texts() -> list[str]:
-        with running(tiny_gguf) as engine:
-            sampling = Sampling(temperature=1.0, seed=9)
-            heard = [ask(engine, f"{i} once", max_tokens=40, sampling=sampling)[1] for i in range(4)]
-            return [text_of(h.all()) for h in heard]
-
-    serial = texts()
+    """Drawn again from the same rows: which sequences share a batch, and so their rows' last bits, is up to time."""
     used: list[str] = []
+    rows: dict[Sequence, list[NDArray[np.float32]]] = {}
 
     class Pool(ThreadPoolExecutor):
         def __init__(self, workers: int, name: str) -> None:
             super().__init__(workers, name)
             used.append(name)
 
+    def record(sequence: Sequence, row: NDArray[np.float32]) -> None:
+        rows.setdefault(sequence, []).append(row.copy())
+
     monkeypatch.setattr("appliance.engine.model.physical_cores", lambda: 8)
     monkeypatch.setattr("appliance.engine.engine.PARALLEL_DRAWS", 2)
     monkeypatch.setattr("appliance.engine.engine.ThreadPoolExecutor", Pool)
-    assert texts() == serial and used == ["sample"]
+    sampling = Sampling(temperature=1.0, seed=9)
+    with running(tiny_gguf, observer=record) as engine:
+        for heard in [ask(engine, f"{i} once", max_tokens=40, sampling=sampling)[1] for i in range(4)]:
+            heard.all()
+        ends = engine.model.end_tokens
+    assert used == ["sample"] and len(rows) == 4
+    for sequence, seen in rows.items():
+        sampler, (before, drawn) = Sampler(sampling), np.split(sequence.tokens, [-40])
+        assert len(seen) == 40
+        for n, row in enumerate(seen):
+            row[ends] = -np.inf
+            assert sampler.draw(row, np.concatenate([before, drawn[:n]])) == drawn[n]
 
 
 def test_the_wait_is_estimated_from_what_was_measured(tiny_gguf: Path) -> None:

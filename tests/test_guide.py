@@ -223,7 +223,7 @@ def test_the_file_passes_the_examination(temperature: float) -> None:
     found = evaluation.summary(verdicts)
     assert found["ended"] >= 0.99 and found["loops"] == 0
     if not temperature:
-        assert found["answers"] >= 0.89 and found["declined"] >= 0.89 and found["dialogues"] >= 0.70, found
+        assert found["answers"] >= 0.86 and found["declined"] >= 0.94 and found["dialogues"] >= 0.75, found
 
 
 @pytest.fixture(scope="module")

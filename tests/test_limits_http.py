@@ -1,4 +1,4 @@
-"""Plan limits over real sockets, against a real process that enforces them (`tests.limited`)."""
+"""Plan limits over real sockets, against a real process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from appliance import admin
-from appliance.access.terms import WRONG_KEYS
+from appliance.config import LimitSettings
 from appliance.store import usage
 from appliance.store.database import Store
 from appliance.store.keyfile import read_key
@@ -28,6 +28,7 @@ from tests.box import Answer, Box, events, wait_until
 ROUNDS = 20
 ABORTS = 1_000
 KILLS = 3
+WRONG_KEYS = LimitSettings().wrong_keys_per_minute
 LONG = 3_000  # tokens of an answer that is still running when the test is done with it
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends a reset
 
@@ -35,7 +36,7 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends a reset
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     quick = {"APPLIANCE_SERVER__STREAM_HEADER_HOLD_SECONDS": "0.1"}
-    with Box.start(tmp_path_factory.mktemp("limited"), program="tests.limited", **quick) as running:
+    with Box.start(tmp_path_factory.mktemp("limited"), **quick) as running:
         yield running
 
 
@@ -161,7 +162,7 @@ def _whole(box: Box, key: str) -> socket.socket:
 def test_a_thousand_aborted_calls_leave_no_lease(tmp_path: Path) -> None:
     draw = random.Random(1)
     together = 25
-    with Box.start(tmp_path / "box", "--slots", str(together), program="tests.limited") as box:
+    with Box.start(tmp_path / "box", "--slots", str(together)) as box:
         wait_until(lambda: status(box)["calls_running"] == 0)
         seen = Counter[str]()
         for batch in range(ABORTS // together):
@@ -183,10 +184,10 @@ def test_a_thousand_aborted_calls_leave_no_lease(tmp_path: Path) -> None:
 def test_after_kill_9_the_month_counts_what_was_acknowledged_and_no_lease_survives(tmp_path: Path) -> None:
     """A few kills here; the soak does many."""
     data_dir, begun, done, interrupted = tmp_path / "box", [0], list[int](), 0
-    with Box.start(data_dir, program="tests.limited") as box:
+    with Box.start(data_dir) as box:
         [key] = account(box, "month", plan="enterprise")
     for number in range(KILLS):
-        with Box.serve(data_dir, program="tests.limited") as box:
+        with Box.serve(data_dir) as box:
             box.wait_ready()
             before = len(done)
 
@@ -205,7 +206,7 @@ def test_after_kill_9_the_month_counts_what_was_acknowledged_and_no_lease_surviv
             interrupted += held > 0
     assert set(done) == {200}
     assert interrupted >= KILLS - 1, "killed with work in flight"
-    with Box.serve(data_dir, program="tests.limited") as box:
+    with Box.serve(data_dir) as box:
         box.wait_ready()
         assert status(box)["calls_running"] == 0
         shown = box.chat("Hi", max_tokens=1, key=key)

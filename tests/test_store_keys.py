@@ -105,5 +105,5 @@ def test_an_overlap_has_bounds(store: Store, account: str, overlap: int) -> None
 def test_the_last_use_is_noted_and_never_goes_back(store: Store, account: str) -> None:
     made = keys.create(store, account, "app", "llm", OLD, "anna")
     for at in (100, 50, 200, 150):
-        store.write(lambda db, at=at: keys.used(db, [made.id, "key_nowhere"], at)).result()  # type: ignore[misc]
+        store.write(lambda db, at=at: keys.used(db, made.id, at)).result()  # type: ignore[misc]
     assert keys.by_id(store, made.id).last_used == 200

@@ -16,21 +16,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Router
 
-from appliance.access import terms
-from appliance.access.admission import Admission
-from appliance.access.plans import PLANS
+from appliance.access.admission import Admission, Terms
 from appliance.api import endpoints
 from appliance.api.access_log import AccessLog
 from appliance.api.gate import Gate
 from appliance.api.guard import Guard
 from appliance.api.limits import Limits
 from appliance.api.services import Services
+from appliance.config import PLANS
 from appliance.messages import Caller, Scope
 
 TABLE = Path(__file__).with_name("truth_table.txt")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 SCOPES: tuple[Scope | None, ...] = (None, *get_args(Scope))
 IN = 204  # what the stand-in for every handler answers
+
+
+def _nobody_pays(caller: Caller | None, ip: str, *, wrong_key: bool = False) -> Terms:
+    return Terms()
 
 
 async def _in(request: Request, services: Services) -> Response:
@@ -43,7 +46,7 @@ class Stack:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         table = tuple(replace(endpoint, handler=_in) for endpoint in endpoints.ENDPOINTS)
         monkeypatch.setattr(endpoints, "ENDPOINTS", table)
-        gate = Gate(Admission(wait_seconds=1.0), None, terms.unlimited)  # type: ignore[arg-type]
+        gate = Gate(Admission(wait_seconds=1.0), None, _nobody_pays)  # type: ignore[arg-type]
         router = Router(endpoints.routes(None, gate), redirect_slashes=False)  # type: ignore[arg-type]
         self.caller: Caller | None = None
         self.paths = [path for endpoint in table for path in (endpoint.path, *endpoint.aliases)]
@@ -84,11 +87,21 @@ def test_who_may_call_what_is_as_the_table_says(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_table_shows_a_route_that_is_new_and_a_gate_that_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    open_to_all = replace(endpoints.ENDPOINTS[2], scope=None)
+    *others, chat = endpoints.ENDPOINTS
     new = endpoints.Endpoint("GET", "/new", _in, "read")
-    monkeypatch.setattr(endpoints, "ENDPOINTS", (*endpoints.ENDPOINTS[:2], open_to_all, new))
+    monkeypatch.setattr(endpoints, "ENDPOINTS", (*others, replace(chat, scope=None), new))
     found = set(Stack(monkeypatch).lines()) - set(TABLE.read_text().splitlines())
     assert {line.split()[1] for line in found} == {"/new", "/llm/chat", "/api/llm/chat", "/api/v1/llm/chat"}
+
+
+def test_what_changes_state_is_no_get() -> None:
+    """Links, previews and prefetching are GETs."""
+    assert [e.path for e in endpoints.ENDPOINTS if e.method == "GET"] == [
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/api/usage",
+    ]
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from appliance.access.leases import Lease, Leases, Room
 from appliance.access.windows import Charge, Payer, View, Windows
-from appliance.errors import RateLimited
+from appliance.errors import MonthlyLimitReached, RateLimited
 
 USUAL_SECONDS = 1.0  # how long a call holds its lease, until some have been seen
 SMOOTHING = 0.1
@@ -48,7 +49,8 @@ class Admission:
     def __init__(self, *, wait_seconds: float, clock: Callable[[], float] = time.time) -> None:
         self.windows = Windows()
         self.leases = Leases()
-        self._wait_seconds = wait_seconds
+        self.wait_seconds = wait_seconds
+        self.refusals: Counter[str] = Counter()  # by window; "concurrency"; "stranger"
         self._clock = clock
         self._usual = USUAL_SECONDS
 
@@ -62,14 +64,25 @@ class Admission:
 
     def reserve(self, terms: Terms, *, counts: bool, leases: bool) -> Entry:
         """Charges a call, and takes its lease or its place in line. Raises RateLimited or MonthlyLimitReached."""
-        entry = Entry(self.windows.take(terms.payers, self._clock()) if counts else None)
+        entry = Entry(self._take(terms, "") if counts else None)
         if leases and terms.rooms:
             entry.lease = self.leases.ask(terms.rooms, entry.turn.set)
         return entry
 
     def visit(self, terms: Terms) -> None:
         """Charges somebody who will not be let in; nothing of it is given back. Raises RateLimited."""
-        self.windows.take(terms.payers, self._clock())
+        self._take(terms, "stranger")
+
+    def _take(self, terms: Terms, reason: str) -> Charge:
+        try:
+            return self.windows.take(terms.payers, self._clock())
+        except (RateLimited, MonthlyLimitReached) as refusal:
+            self.refusals[reason or refusal.window] += 1
+            raise
+
+    def spend(self, terms: Terms, tokens: int) -> None:
+        """Counts what a call took of a model, where tokens are limited."""
+        self.windows.spend(terms.payers, tokens, self._clock())
 
     async def turn(self, entry: Entry) -> None:
         """Waits until the call may run. Raises RateLimited when its turn does not come in time; it is ended then, as
@@ -79,7 +92,7 @@ class Admission:
             return
         started = time.monotonic()
         try:
-            async with asyncio.timeout(self._wait_seconds):
+            async with asyncio.timeout(self.wait_seconds):
                 await entry.turn.wait()
         except TimeoutError:
             if not lease.is_held:  # else its turn came in the last moment
@@ -116,8 +129,9 @@ class Admission:
         self.windows.forget(self._clock())
 
     def _no_turn(self, lease: Lease) -> RateLimited:
+        self.refusals["concurrency"] += 1
         rooms = [room for room in lease.rooms if self.leases.held(room.id) >= self.leases.limit(room)]
         limit = self.leases.limit(rooms[0] if rooms else lease.rooms[0])
         calls = "1 call" if limit == 1 else f"{limit} calls"
-        text = f"{calls} may run at the same time, and none ended within {self._wait_seconds:g} s."
+        text = f"{calls} may run at the same time, and none ended within {self.wait_seconds:g} s."
         return RateLimited(text, retry_after=max(1, math.ceil(self.estimate(lease))))

@@ -27,6 +27,7 @@ class KeyRing:
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self._entries: dict[bytes, Entry] = {}
+        self._by_id: dict[str, Entry] = {}
         self._lock = threading.Lock()
         self.replace(entries)
 
@@ -35,12 +36,19 @@ class KeyRing:
 
     def replace(self, entries: Iterable[Entry]) -> None:
         """From now on these keys are valid, and no others."""
-        self._entries = {entry.digest: entry for entry in entries}
+        found = list(entries)
+        self._entries = {entry.digest: entry for entry in found}
+        self._by_id = {entry.caller.key_id: entry for entry in found}
 
     def reload(self, load: Callable[[], Iterable[Entry]]) -> None:
         """Replaces the keys by what `load` reads; one after the other, so that an older state never comes last."""
         with self._lock:
             self.replace(load())
+
+    def holds(self, key_id: str, now: float) -> bool:
+        """Whether a key that was found before is still valid."""
+        entry = self._by_id.get(key_id)
+        return entry is not None and (entry.expires is None or now < entry.expires)
 
     def find(self, key: str | None, now: float, ip: str) -> Caller | None:
         """Whom `key` names; None for a missing, malformed, unknown, revoked or expired one, or from elsewhere."""

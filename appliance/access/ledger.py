@@ -16,6 +16,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+from appliance.access.terms import key_payer
 from appliance.access.windows import Charge, Windows
 from appliance.errors import Unavailable
 from appliance.store import usage
@@ -56,6 +57,8 @@ class Ledger:
         """Fills `windows` with what the store remembers; blocks, so it belongs to the start."""
         for payer, window, start, calls in usage.windows(self._store):
             windows.restore(payer, window, start, calls, now)
+        for lineage, tokens in usage.tokens_of_keys(self._store, int(now) // usage.DAY * usage.DAY):
+            windows.restore_tokens(key_payer(lineage), tokens, now)
 
     async def charge(self, call: Call, charge: Charge) -> None:
         """Commits a call's charge; returns without, when that takes too long or fails: it is owed then."""

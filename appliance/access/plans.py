@@ -1,8 +1,12 @@
-"""The plans: what an account may use. The seed's three rows."""
+"""The plans: what an account may use. Their numbers are settings; whoever reloads these replaces them here."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+from appliance import config
+from appliance.config import PlanSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +21,25 @@ class Plan:
     weight: float
 
 
-PLANS = {
-    plan.name: plan
-    for plan in (
-        Plan("community", 20, 200, 1_000, 2, 1.0),
-        Plan("professional", 60, 1_000, 10_000, 10, 2.0),
-        Plan("enterprise", 300, 10_000, None, 50, 4.0),
-    )
-}
+class Plans(Mapping[str, Plan]):
+    """The plans by name. Replaced as a whole, so that nobody sees half a change."""
+
+    def __init__(self, settings: Mapping[str, PlanSettings] = config.PLANS) -> None:
+        self._plans: dict[str, Plan] = {}
+        self.replace(settings)
+
+    def replace(self, settings: Mapping[str, PlanSettings]) -> None:
+        """From now on these numbers count."""
+        self._plans = {
+            name: Plan(name, s.per_minute, s.per_hour, s.per_month or None, s.concurrent, s.weight)
+            for name, s in settings.items()
+        }
+
+    def __getitem__(self, name: str) -> Plan:
+        return self._plans[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plans)
+
+    def __len__(self) -> int:
+        return len(self._plans)

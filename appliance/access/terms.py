@@ -7,45 +7,49 @@ from ipaddress import IPv6Address, ip_address
 
 from appliance.access.admission import Terms
 from appliance.access.leases import Room
-from appliance.access.plans import PLANS, Plan
+from appliance.access.plans import Plan
 from appliance.access.windows import Limits, Payer
+from appliance.config import LimitSettings
 from appliance.messages import Caller
 
-STRANGER_CALLS = 120  # per minute and address, without a valid key
-WRONG_KEYS = 20  # per minute and address
 SITE_BITS = 64  # of an IPv6 address: what one site holds, so that it counts as one
 
 
-def of_caller(caller: Caller, plans: Mapping[str, Plan] = PLANS) -> Terms:
-    """The account pays for every call, and so does the key where it has limits of its own."""
-    plan, own = plans[caller.plan], caller.limits
-    account, key = caller.account_id, f"key {caller.lineage or caller.key_id}"
-    payers = [Payer(account, Limits(plan.per_minute, plan.per_hour, plan.per_month))]
-    rooms = [Room(account, plan.concurrent)]
-    if (own.minute, own.hour, own.month) != (None, None, None):
-        payers.append(Payer(key, Limits(own.minute, own.hour, own.month)))
-    if own.concurrent is not None:
-        rooms.append(Room(key, own.concurrent))
-    return Terms(tuple(payers), tuple(rooms))
+class Tariff:
+    """Says what each caller is allowed. `plans` and `limits` are replaced when the settings are read again."""
+
+    def __init__(self, plans: Mapping[str, Plan], limits: LimitSettings) -> None:
+        self.plans = plans
+        self.limits = limits
+
+    def __call__(self, caller: Caller | None, ip: str, *, wrong_key: bool = False) -> Terms:
+        """Callers by their plans, strangers by their addresses."""
+        return self._of_caller(caller) if caller is not None else self._of_stranger(ip, wrong_key)
+
+    def _of_caller(self, caller: Caller) -> Terms:
+        """The account pays for every call, and so does the key where it has limits of its own."""
+        plan, own = self.plans[caller.plan], caller.limits
+        account, key = caller.account_id, key_payer(caller.lineage or caller.key_id)
+        payers = [Payer(account, Limits(plan.per_minute, plan.per_hour, plan.per_month))]
+        rooms = [Room(account, plan.concurrent)]
+        if (own.minute, own.hour, own.month, own.tokens_per_day) != (None, None, None, None):
+            payers.append(Payer(key, Limits(own.minute, own.hour, own.month), own.tokens_per_day))
+        if own.concurrent is not None:
+            rooms.append(Room(key, own.concurrent))
+        return Terms(tuple(payers), tuple(rooms))
+
+    def _of_stranger(self, ip: str, wrong_key: bool) -> Terms:
+        """Whoever has no valid key pays by address; a wrong one is a guess, of which there are fewer."""
+        site = _site(ip)
+        payers = [Payer(f"ip {site}", Limits(self.limits.strangers_per_minute))]
+        if wrong_key:
+            payers.append(Payer(f"guess {site}", Limits(self.limits.wrong_keys_per_minute)))
+        return Terms(tuple(payers))
 
 
-def of_stranger(ip: str, *, wrong_key: bool = False) -> Terms:
-    """Whoever has no valid key pays by address; a wrong one is a guess, of which there are fewer."""
-    site = _site(ip)
-    payers = [Payer(f"ip {site}", Limits(STRANGER_CALLS))]
-    if wrong_key:
-        payers.append(Payer(f"guess {site}", Limits(WRONG_KEYS)))
-    return Terms(tuple(payers))
-
-
-def unlimited(caller: Caller | None, ip: str, *, wrong_key: bool = False) -> Terms:
-    """Nobody is limited."""
-    return Terms()
-
-
-def limited(caller: Caller | None, ip: str, *, wrong_key: bool = False) -> Terms:
-    """Callers by their plans, strangers by their addresses."""
-    return of_caller(caller) if caller is not None else of_stranger(ip, wrong_key=wrong_key)
+def key_payer(lineage: str) -> str:
+    """Under which name a key of its own limits is counted."""
+    return f"key {lineage}"
 
 
 def _site(ip: str) -> str:

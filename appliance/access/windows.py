@@ -1,7 +1,8 @@
 """The windows in which calls are counted: UTC minute, hour and calendar month. Pure; `now` is passed in.
 
 A call takes one place in every window of its account (and of its key, where that has narrower limits), all of them or
-none. Knows no plan, store or HTTP: limits come with each call, so that a changed plan applies to the next one.
+none. Tokens of a UTC day are counted beside them, once they are known. Knows no plan, store or HTTP:
+limits come with each call, so that a changed plan applies to the next one.
 
 The month never goes back: where the clock is set back, the later month goes on, so that no second allowance begins;
 where it was set forward, the month that began then is the one that counts when the time comes. Minute and hour follow
@@ -21,6 +22,7 @@ from appliance.errors import MonthlyLimitReached, RateLimited
 
 NAMES = ("minute", "hour", "month")
 MONTH = 2  # place of the month among them
+DAY = 86_400
 LONGEST_STEP = 32 * 86_400  # seconds; a clock that was further ahead was wrong
 KEPT = 86_400  # seconds
 NEARLY = 0.8  # share of the month from which a warning is given
@@ -35,10 +37,12 @@ class Limits(NamedTuple):
 
 
 class Payer(NamedTuple):
-    """One of those who are charged for a call: an account, a key of its own limits, an address."""
+    """One of those who are charged for a call: an account, a key of its own limits, an address. `tokens` per UTC day;
+    a call that begins below that limit is let in, whatever it will take."""
 
     id: str
     limits: Limits
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +76,15 @@ class Charge:
 class _Counts:
     """What one payer has used of its current windows."""
 
-    __slots__ = ("ends", "longest", "starts", "used")
+    __slots__ = ("day", "ends", "longest", "starts", "tokens", "used")
 
     def __init__(self) -> None:
         self.starts = [0, 0, 0]
         self.ends = [0, 0, 0]
         self.used = [0, 0, 0]
         self.longest = 0  # place of the longest window that was limited
+        self.day = 0  # number of the day whose tokens are counted; it never goes back
+        self.tokens = 0
 
     def roll(self, now: float) -> None:
         """Begins the windows that are due, and follows a clock that was set back."""
@@ -88,6 +94,8 @@ class _Counts:
                 self.used[i] = 0
             elif now < self.starts[i] - (LONGEST_STEP if i == MONTH else 0):
                 self.starts[i], self.ends[i] = bounds(name, now)
+        if (day := int(now // DAY)) > self.day:
+            self.day, self.tokens = day, 0
 
 
 class Windows:
@@ -108,6 +116,11 @@ class Windows:
             for i, limit in enumerate(payer.limits)
             if limit is not None and counted.used[i] >= limit
         ]
+        full += [
+            ((counted.day + 1) * DAY, "day")
+            for payer, counted in zip(payers, counts, strict=True)
+            if payer.tokens is not None and counted.tokens >= payer.tokens
+        ]
         if full:
             raise _refusal(full, now)
         for counted in counts:
@@ -122,6 +135,12 @@ class Windows:
             for i, start in enumerate(starts):
                 if counted and counted.starts[i] == start and counted.used[i]:
                     counted.used[i] -= 1
+
+    def spend(self, payers: Iterable[Payer], tokens: int, now: float) -> None:
+        """Adds what a call took to the day of those whose tokens are limited."""
+        for payer in payers:
+            if payer.tokens is not None:
+                self._current(payer, now).tokens += tokens
 
     def view(self, payers: Iterable[Payer], now: float, *, refused: bool = False) -> View | None:
         """The window with the smallest share left, of equals the shorter (after a refusal the longer, for which the
@@ -154,9 +173,18 @@ class Windows:
             counted.starts[i], counted.ends[i], counted.used[i] = begins, ends, calls
             counted.longest = max(counted.longest, i)
 
+    def restore_tokens(self, payer: str, tokens: int, now: float) -> None:
+        """Sets what a store remembers of the current day."""
+        counted = self._payers.setdefault(payer, _Counts())
+        counted.day, counted.tokens = int(now // DAY), tokens
+
     def forget(self, now: float) -> None:
         """Drops payers whose longest limited window ended a day ago: sooner, the clock might be set back into it."""
-        self._payers = {name: c for name, c in self._payers.items() if now < c.ends[c.longest] + KEPT}
+        kept = {}
+        for name, counted in self._payers.items():
+            if now < max(counted.ends[counted.longest], (counted.day + 1) * DAY if counted.tokens else 0) + KEPT:
+                kept[name] = counted
+        self._payers = kept
 
     def _current(self, payer: Payer, now: float) -> _Counts:
         counted = self._payers.get(payer.id)
@@ -192,7 +220,10 @@ def _refusal(full: Sequence[tuple[int, str]], now: float) -> RateLimited | Month
     """By the window that takes longest, so that a call after it succeeds if nobody else calls."""
     end, window = max(full)
     after = max(1, math.ceil(end - now))
-    kind = MonthlyLimitReached if window == "month" else RateLimited
-    return kind(
-        f"The limit of calls per {window} is used up; the next {window} begins in {after} s.", retry_after=after
-    )
+    what = "tokens" if window == "day" else "calls"
+    text = f"The limit of {what} per {window} is used up; the next {window} begins in {after} s."
+    if window == "month":
+        return MonthlyLimitReached(text, retry_after=after)
+    refusal = RateLimited(text, retry_after=after)
+    refusal.window = window
+    return refusal

@@ -6,8 +6,12 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from appliance.messages import Caller
+from appliance.store.calls import Row
 
 log = logging.getLogger("appliance.access")
 
@@ -16,10 +20,12 @@ CLIENT_GONE = 499  # as proxies log an answer that nobody waited for
 
 
 class AccessLog:
-    """Outermost: mints `x-request-id` (or keeps a sane one of the client's) and puts it on the answer."""
+    """Outermost: mints `x-request-id` (or keeps a sane one of the client's) and puts it on the answer; `note` takes
+    a row for every call."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, note: Callable[[Row], None] = lambda row: None) -> None:
         self.app = app
+        self._note = note
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.monotonic()
@@ -37,7 +43,9 @@ class AccessLog:
         try:
             await self.app(scope, receive, stamped)
         finally:
-            _note(scope, CLIENT_GONE if scope["state"].get("gone") else status, time.monotonic() - started)
+            row = _row(scope, CLIENT_GONE if scope["state"].get("gone") else status, time.monotonic() - started)
+            write_line(row.method, row.endpoint, row.status, row.ip, row.request_id, row.key_id, row.ms)
+            self._note(row)
 
 
 def new_request_id() -> str:
@@ -58,15 +66,17 @@ def _request_id(scope: Scope) -> str:
     return new_request_id()
 
 
-def _note(scope: Scope, status: int, seconds: float) -> None:
+def _row(scope: Scope, status: int, seconds: float) -> Row:
     state = scope["state"]
-    caller = state.get("caller")
-    write_line(
-        scope["method"],
-        state.get("endpoint", "-"),
-        status,
-        scope["client"][0] if scope["client"] else "-",
-        state["request_id"],
-        caller.key_id if caller else None,
-        round(seconds * 1e3, 1),
+    caller: Caller | None = state.get("caller")
+    return Row(
+        at=time.time() - seconds,
+        method=scope["method"][:10],
+        endpoint=state.get("endpoint", "-"),
+        status=status,
+        ip=scope["client"][0] if scope["client"] else "-",
+        request_id=state["request_id"],
+        key_id=caller.key_id if caller else None,
+        account_id=caller.account_id if caller else None,
+        ms=round(seconds * 1e3, 1),
     )

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from appliance.api import health, llm
+from appliance.api import health, llm, metrics, usage
 from appliance.api.gate import Gate
 from appliance.api.services import Services
 from appliance.messages import Scope
@@ -45,6 +45,8 @@ def under_api(path: str) -> tuple[str, ...]:
 ENDPOINTS = (
     Endpoint("GET", "/healthz", health.healthz, None),
     Endpoint("GET", "/readyz", health.readyz, None),
+    Endpoint("GET", "/metrics", metrics.metrics, None),
+    Endpoint("GET", "/api/usage", usage.own_usage, "full", ("/api/v1/usage",), leases=False),
     Endpoint("POST", "/llm/chat", llm.chat, "llm", under_api("/llm/chat"), queues=True),
 )
 

@@ -7,7 +7,6 @@ that keys cannot be guessed; a valid key is never asked about its neighbours at 
 
 from __future__ import annotations
 
-import time
 from functools import partial
 
 from starlette.requests import Request
@@ -20,6 +19,8 @@ from appliance.api.limits import TermsOf, Turn
 from appliance.errors import Forbidden, Unauthorized
 from appliance.messages import Caller, Scope
 from appliance.store.usage import Call
+
+OWN_TOKEN = "/metrics"  # takes a token that is no key, and says nothing of keys
 
 
 class Gate:
@@ -51,7 +52,7 @@ class Gate:
         """Whoever brings a wrong key pays for it, wherever: open pages would show, too, whether one is valid."""
 
         async def watched(scope: ASGIScope, receive: Receive, send: Send) -> None:
-            if scope["state"]["wrong_key"]:
+            if scope["state"]["wrong_key"] and scope["path"] != OWN_TOKEN:
                 self._visit(scope)
             await app(scope, receive, send)
 
@@ -70,7 +71,8 @@ class Gate:
             return
         entry = turn.reserve(counts=counts, leases=leases)
         if entry.charge is not None and entry.charge.payers:
-            call = Call(caller.account_id, caller.key_id, path, time.time())
+            call = Call(caller.account_id, caller.key_id, path, self.admission.now())
+            turn.record = partial(self._ledger.spend, call)
             entry.undo = partial(self._ledger.take_back, call, entry.charge)
             await self._ledger.charge(call, entry.charge)
         if waits:

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from appliance.access.admission import Admission, Entry, Terms
 from appliance.access.leases import State
 from appliance.access.windows import NAMES, Payer, View, bounds
+from appliance.errors import ApplianceError, Unauthorized
 from appliance.messages import Caller
+from appliance.store.usage import Spent
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -36,12 +39,23 @@ _SHOWN = (
 
 
 class Turn:
-    """One request's way in: `reserve` first, at most once, and `wait` for the lease then."""
+    """One request's way in: `reserve` first, at most once, and `wait` for the lease then. `spent` tells at its end what
+    it took of a model, and `record` writes that down."""
 
-    def __init__(self, admission: Admission, terms: Callable[[], Terms]) -> None:
+    def __init__(self, admission: Admission, terms: Callable[[], Terms], state: dict[str, Any]) -> None:
         self._admission = admission
         self._terms = terms
+        self._state = state
+        self._working: asyncio.Task[Any] | None = None
+        self._cut: ApplianceError | None = None
         self.entry: Entry | None = None
+        self.spent: Callable[[], Spent] | None = None
+        self.record: Callable[[Spent], None] | None = None
+
+    @property
+    def caller(self) -> Caller | None:
+        found: Caller | None = self._state.get("caller")
+        return found
 
     def reserve(self, *, counts: bool, leases: bool) -> Entry:
         """Charges the call. Raises RateLimited or MonthlyLimitReached."""
@@ -52,6 +66,26 @@ class Turn:
         """Until the call may run. Raises RateLimited when its turn does not come."""
         if self.entry is not None:
             await self._admission.turn(self.entry)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Around what takes time: a cut ends it with the error of the cut."""
+        task = self._working = asyncio.current_task()
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self._cut is None or task is None:
+                raise
+            task.uncancel()
+            raise self._cut from None
+        finally:
+            self._working = None
+
+    def cut(self, error: ApplianceError) -> None:
+        """Ends the call where it works, with `error`; harmless where it does not."""
+        if self._working is not None and self._cut is None:
+            self._cut = error
+            self._working.cancel()
 
     def place(self) -> tuple[int, int] | None:
         """(place in its account's line, about how many seconds until its turn); None when it does not wait."""
@@ -73,8 +107,18 @@ class Turn:
         return shown + (limit_headers(view, terms.payers, now) if view is not None else [])
 
     def end(self, *, give_back: bool) -> None:
+        """The call is over, or will count no more."""
         if self.entry is not None:
             self._admission.end(self.entry, give_back=give_back)
+
+    def settle(self) -> None:
+        """Everything has ended: what the call took of a model is counted."""
+        if self.spent is None or self.record is None:
+            return
+        spent = self.spent()
+        if spent.prompt_tokens:
+            self._admission.spend(self._terms(), spent.prompt_tokens + spent.completion_tokens)
+            self.record(spent)
 
 
 class Limits:
@@ -84,6 +128,7 @@ class Limits:
         self.app = app
         self._admission = admission
         self._terms_of = terms_of
+        self.turns: set[Turn] = set()  # of every request that is under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,7 +139,8 @@ class Limits:
         def terms() -> Terms:
             return self._terms_of(state.get("caller"), ip, wrong_key=state.get("wrong_key", False))
 
-        turn = state["turn"] = Turn(self._admission, terms)
+        turn = state["turn"] = Turn(self._admission, terms, state)
+        self.turns.add(turn)
         status, failed = 0, False
 
         async def stamped(message: Message) -> None:
@@ -115,7 +161,15 @@ class Limits:
             failed = not status  # the server stops, and says 503 by itself
             raise
         finally:
+            self.turns.discard(turn)
             turn.end(give_back=failed)
+            turn.settle()
+
+    def cut_invalid(self, is_valid: Callable[[Caller], bool]) -> None:
+        """Ends the running calls of callers who may call no longer."""
+        for turn in list(self.turns):
+            if turn.caller is not None and not is_valid(turn.caller):
+                turn.cut(Unauthorized())
 
 
 def limit_headers(view: View, payers: Sequence[Payer], now: float) -> Headers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -11,7 +12,6 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from appliance.access.plans import PLANS
 from appliance.api.body import read_json
 from appliance.api.limits import Turn
 from appliance.api.render import error_body
@@ -29,6 +29,7 @@ from appliance.messages import (
     Sampling,
     Usage,
 )
+from appliance.store.usage import Spent
 
 MOST_STOPS = 16
 PLACE_SECONDS = 0.5  # how often a waiting stream looks at its place in line
@@ -144,30 +145,33 @@ async def chat(request: Request, services: Services) -> Response:
     settings = services.config.server
     body = await read_json(request, ChatBody, settings.max_body_bytes)
     request_id: str = request.state.request_id
-    asked = completion_request(body, request.state.caller, request_id)
+    caller: Caller = request.state.caller
+    asked = completion_request(body, caller, services.plans[caller.plan].weight, request_id)
     turn: Turn = request.state.turn
 
     async def begin() -> Answer:
         await turn.wait()
-        return services.chat.start(asked, provider=body.provider or "auto", fallback=body.fallback)
+        answer = services.chat.start(asked, provider=body.provider or "auto", fallback=body.fallback)
+        turn.spent = partial(_spent, answer)
+        return answer
 
     if not body.stream:
-        answer, done = await while_connected(request.receive, _whole(begin))
+        answer, done = await while_connected(request.receive, _whole(turn, begin))
         reply = ChatReply(
             done.text, answer.provider, answer.model, usage_body(done.usage), done.finish_reason, request_id
         )
         return Response(msgspec.json.encode(reply), media_type="application/json")
-    first = asyncio.ensure_future(_first(begin))
+    first = asyncio.ensure_future(_first(turn, begin))
     await while_connected(request.receive, _settle(first, settings.stream_header_hold_seconds))
     return EventStream(_events(turn, first, request_id), settings.ping_seconds, {})
 
 
-def completion_request(body: ChatBody, caller: Caller, request_id: str) -> CompletionRequest:
+def completion_request(body: ChatBody, caller: Caller, weight: float, request_id: str) -> CompletionRequest:
     """What the chat service is asked."""
     return CompletionRequest(
         messages=tuple(Message(m.role, m.content) for m in body.messages),
         account=caller.account_id,
-        weight=PLANS[caller.plan].weight,
+        weight=weight,
         sampling=body.sampling(),
         max_tokens=body.max_tokens,
         stop=body.stops(),
@@ -181,14 +185,21 @@ def usage_body(usage: Usage) -> UsageBody:
     return UsageBody(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, usage.cached_tokens)
 
 
-async def _whole(begin: Begin) -> tuple[Answer, Completion]:
-    answer = await begin()
-    return answer, await collect(answer.chunks)
+def _spent(answer: Answer) -> Spent:
+    m = answer.meter
+    return Spent(answer.provider, answer.model, m.prompt_tokens, m.completion_tokens, m.cached_tokens, m.seconds)
 
 
-async def _first(begin: Begin) -> tuple[Answer, Chunk]:
-    answer = await begin()
-    return answer, await anext(answer.chunks)
+async def _whole(turn: Turn, begin: Begin) -> tuple[Answer, Completion]:
+    with turn.working():
+        answer = await begin()
+        return answer, await collect(answer.chunks)
+
+
+async def _first(turn: Turn, begin: Begin) -> tuple[Answer, Chunk]:
+    with turn.working():
+        answer = await begin()
+        return answer, await anext(answer.chunks)
 
 
 async def _settle(first: First, seconds: float) -> None:
@@ -217,13 +228,14 @@ async def _events(turn: Turn, first: First, request_id: str) -> AsyncGenerator[b
         async for comment in _places(turn, first):
             yield comment
         answer, chunk = await first
-        while True:
-            texts.append(chunk.text)
-            if chunk.usage is not None:
-                break
-            if chunk.text:
-                yield _event(Delta(chunk.text))
-            chunk = await anext(answer.chunks)
+        with turn.working():
+            while True:
+                texts.append(chunk.text)
+                if chunk.usage is not None:
+                    break
+                if chunk.text:
+                    yield _event(Delta(chunk.text))
+                chunk = await anext(answer.chunks)
         if chunk.text:
             yield _event(Delta(chunk.text))
         assert chunk.finish_reason is not None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from appliance.access.admission import Admission
+from appliance.access.calllog import CallLog
+from appliance.access.ledger import Ledger
+from appliance.access.plans import Plans
 from appliance.chat import Chat
 from appliance.config import Config
 from appliance.providers.local import LocalProvider
+from appliance.store.database import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,3 +21,9 @@ class Services:
     config: Config
     chat: Chat
     local: LocalProvider
+    store: Store
+    admission: Admission
+    plans: Plans
+    ledger: Ledger
+    calls: CallLog
+    metrics_token: str = field(default="", repr=False)

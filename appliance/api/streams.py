@@ -21,7 +21,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     watcher = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not worker.done():
+        if not worker.done() or worker.cancelled():  # the latter: cut while the client was not reading
             raise ClientDisconnect
         return worker.result()
     finally:

@@ -20,7 +20,8 @@ class Provider(Protocol):
         ...
 
     def complete(self, request: CompletionRequest) -> AsyncGenerator[Chunk]:
-        """The answer piece by piece; the last chunk carries the usage. Closing the generator ends the work.
+        """The answer piece by piece; the last chunk carries the usage. Closing the generator ends the work. At the
+        end, whatever it was, `request.meter` says what the completion has taken.
 
         Raises ApplianceError, before the first chunk whenever it can be known by then.
         """

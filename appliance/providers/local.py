@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from appliance.engine.engine import Engine
 from appliance.engine.grammar import SchemaCompiler
 from appliance.engine.prompt import ChatTemplate, PromptEncoder
 from appliance.engine.request import Event, Generate, Sink
+from appliance.engine.sequence import Sequence
 from appliance.errors import ApplianceError, BadRequest, EngineBroken, ModelNotReady
-from appliance.messages import NOTES, Chunk, CompletionRequest, Nature
+from appliance.messages import NOTES, Chunk, CompletionRequest, Meter, Nature, Usage
 
 log = logging.getLogger("appliance.local")
 
@@ -155,6 +157,7 @@ class LocalProvider:
         generate = await self._encode(loaded, request)
         mailbox = _Mailbox()
         ticket = loaded.engine.submit(generate, mailbox.put)
+        sequences = list(ticket.choices)
         open_choices = request.n
         try:
             while open_choices:
@@ -165,6 +168,7 @@ class LocalProvider:
                     yield event
         finally:
             ticket.cancel()
+            _read_meter(request.meter, ticket.usage, sequences)
 
     async def _encode(self, loaded: Loaded, request: CompletionRequest) -> Generate:
         """Template, tokens and schema, off the event loop."""
@@ -198,6 +202,15 @@ class LocalProvider:
             n=request.n,
             logprobs=request.logprobs,
         )
+
+
+def _read_meter(meter: Meter, usage: Usage, sequences: list[Sequence]) -> None:
+    """A request that was never admitted has taken nothing."""
+    admitted = [sequence.admitted for sequence in sequences if sequence.admitted]
+    if admitted:
+        meter.prompt_tokens, meter.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+        meter.cached_tokens = usage.cached_tokens
+        meter.seconds = sum(time.monotonic() - since for since in admitted)
 
 
 def _call(batch: list[tuple[Sink, Event]]) -> None:

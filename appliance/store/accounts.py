@@ -1,4 +1,4 @@
-"""Accounts: who pays and is limited."""
+"""Accounts: who pays and is limited. Which plans there are is not known here; whoever calls checks their names."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from appliance.errors import BadRequest, Conflict, NotFound
 from appliance.store import audit
 from appliance.store.database import Store
 from appliance.store.ids import COMMAND_LINE, checked_name, new_id, now
-
-PLAN_NAMES = ("community", "professional", "enterprise")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +26,6 @@ class Account:
 def create(store: Store, name: str, plan: str, email: str | None = None, *, by: str = COMMAND_LINE) -> Account:
     """A new account, durable when it returns. Raises BadRequest, or Conflict for a name that is taken."""
     account = Account(new_id("acc"), checked_name(name, "an account"), plan, email, now(), None)
-    if plan not in PLAN_NAMES:
-        raise BadRequest(f"There is no plan {plan[:50]!r}; the plans are {', '.join(PLAN_NAMES)}.")
     if email is not None and not _plausible(email):
         raise BadRequest(f"{email[:100]!r} is not an email address.")
 
@@ -46,15 +42,59 @@ def create(store: Store, name: str, plan: str, email: str | None = None, *, by: 
     return account
 
 
-def listing(store: Store) -> list[Account]:
-    """All accounts, oldest first."""
-    query = "select id, name, plan, email, created, disabled from accounts order by created, rowid"
-    return [Account(*row) for row in store.read(lambda db: db.execute(query).fetchall())]
+def set_plan(store: Store, name: str, plan: str, *, by: str = COMMAND_LINE) -> Account:
+    """Another plan from the next call on. Raises NotFound."""
+    account = by_name(store, name)
+
+    def change(db: Any) -> None:
+        db.execute("update accounts set plan = ? where id = ?", [plan, account.id])
+        audit.record(db, by, "account.set-plan", account=account.id, before=account.plan, plan=plan)
+
+    store.write(change, durable=True).result()
+    return by_name(store, account.id)
+
+
+def set_disabled(store: Store, name: str, disabled: bool, *, by: str = COMMAND_LINE) -> Account:
+    """A disabled account's keys are refused; enabled again, they work as before. Raises NotFound."""
+    account = by_name(store, name)
+    what = "account.disable" if disabled else "account.enable"
+
+    def change(db: Any) -> None:
+        query = "update accounts set disabled = ?1 where id = ?2 and (disabled is null) = (?1 is not null)"
+        if db.execute(query, [now() if disabled else None, account.id]).rowcount:
+            audit.record(db, by, what, account=account.id)
+
+    store.write(change, durable=True).result()
+    return by_name(store, account.id)
+
+
+def delete(store: Store, name: str, *, by: str = COMMAND_LINE) -> Account:
+    """Removes an account's name, address, users and keys for good. What it used stays under its id, as numbers. Raises
+    NotFound."""
+    account = by_name(store, name)
+
+    def remove(db: Any) -> None:
+        db.execute("delete from keys where account_id = ?", [account.id])
+        db.execute("delete from users where account_id = ?", [account.id])
+        blank = "update accounts set name = id, email = null, disabled = ?1, deleted = ?1 where id = ?2"
+        db.execute(blank, [now(), account.id])
+        audit.record(db, by, "account.delete", account=account.id)
+
+    store.write(remove, durable=True).result()
+    return account
+
+
+def listing(store: Store, *, deleted: bool = False) -> list[Account]:
+    """All accounts, oldest first; deleted ones, of which only the id is left, if asked for."""
+    query = """select id, name, plan, email, created, disabled from accounts where deleted is null or ?
+        order by created, rowid"""
+    return [Account(*row) for row in store.read(lambda db: db.execute(query, [deleted]).fetchall())]
 
 
 def by_name(store: Store, name: str) -> Account:
-    """The account of this name or id. Raises NotFound."""
-    query = "select id, name, plan, email, created, disabled from accounts where name = ? or id = ?"
+    """The account of this name or id. Raises NotFound, for a deleted one too."""
+    query = """select id, name, plan, email, created, disabled from accounts
+        where (name = ? or id = ?) and deleted is null"""
     row = store.read(lambda db: db.execute(query, [name, name]).fetchone())
     if row is None:
         raise NotFound(f"There is no account {name[:100]!r}.")

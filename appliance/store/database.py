@@ -12,6 +12,7 @@ import os
 import queue
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -56,6 +57,7 @@ class Store:
         self._lock = threading.Lock()
         self._closed = False
         self.commits = 0
+        self.commit_seconds = 0.0  # in whole transactions
         try:
             self._writer = self._connect()
             with _translated(path):
@@ -103,6 +105,14 @@ class Store:
             self._readers.add(db)
         with _translated(self.path):
             return query(db)
+
+    @property
+    def wal_bytes(self) -> int:
+        """Size of the write-ahead log."""
+        try:
+            return os.stat(f"{self.path}-wal").st_size
+        except FileNotFoundError:
+            return 0
 
     def close(self) -> None:
         """Performs what is queued, folds the WAL into the file, closes every connection."""
@@ -152,7 +162,7 @@ class Store:
 
     def _perform(self, group: list[_Write]) -> None:
         """One transaction; whoever succeeded learns so after the commit."""
-        db = self._writer
+        db, started = self._writer, time.monotonic()
         group = [write for write in group if write.done.set_running_or_notify_cancel()]
         results: list[tuple[_Write, Any]] = []
         try:
@@ -164,6 +174,7 @@ class Store:
                     self._perform_one(write, results)
                 db.execute("commit")
                 self.commits += 1
+                self.commit_seconds += time.monotonic() - started
         except BaseException as error:
             self._roll_back()
             for write in group:

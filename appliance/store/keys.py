@@ -158,11 +158,9 @@ def revoke(store: Store, key_id: str, *, by: str = COMMAND_LINE) -> Key:
     return by_id(store, key_id)
 
 
-def used(db: Any, key_ids: Sequence[str], at: int) -> None:
-    """Notes when keys were last used; to be called inside a write, lazily."""
-    query = "update keys set last_used = ? where id = ? and coalesce(last_used, 0) < ?"
-    for key_id in key_ids:
-        db.execute(query, [at, key_id, at])
+def used(db: Any, key_id: str, at: int) -> None:
+    """Notes when a key was last used; to be called inside a write, lazily."""
+    db.execute("update keys set last_used = ?1 where id = ?2 and coalesce(last_used, 0) < ?1", [at, key_id])
 
 
 def valid(store: Store) -> list[Valid]:

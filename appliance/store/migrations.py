@@ -100,3 +100,32 @@ def m004_narrower_keys(db: Database) -> None:
     """Keys of their own limits and networks; who takes a rotated one's place, and whose limits it inherits."""
     for column in ("networks text", "limits text", "successor text references keys(id)", "lineage text"):
         db.execute(f"alter table keys add column {column}")
+
+
+@migrations()
+def m005_calls(db: Database) -> None:
+    """The log of calls; `whole` until its address is shortened."""
+    db.execute("""
+        create table calls (
+            number integer primary key,
+            at real not null,
+            method text not null,
+            endpoint text not null,
+            status integer not null,
+            ip text not null,
+            whole integer not null default 1,
+            request_id text not null,
+            key_id text,
+            account_id text,
+            ms real not null
+        ) strict
+    """)
+    db.execute("create index calls_by_time on calls(at)")
+    db.execute("create index calls_of_account on calls(account_id, number)")
+    db.execute("create index calls_with_whole_address on calls(at) where whole = 1")
+
+
+@migrations()
+def m006_deleted_accounts(db: Database) -> None:
+    """Accounts of which only the id is left, for what they used."""
+    db.execute("alter table accounts add column deleted integer")

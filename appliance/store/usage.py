@@ -106,3 +106,18 @@ def totals(store: Store, account_id: str, first_day: int, last_day: int) -> list
         order by day, key_id, endpoint, provider, model"""
     rows = store.read(lambda db: db.execute(query, [account_id, first_day, last_day]).fetchall())
     return [Total(*row) for row in rows]
+
+
+def tokens_of_keys(store: Store, day: int) -> list[tuple[str, int]]:
+    """(lineage, tokens of that day) of every key that has a limit of them."""
+    query = """select coalesce(k.lineage, k.id), sum(u.prompt_tokens + u.completion_tokens)
+        from keys k join usage u on u.account_id = k.account_id and u.day = ? and u.key_id = k.id
+        where k.limits like '%tokens_per_day%' group by 1"""
+    return [tuple(row) for row in store.read(lambda db: db.execute(query, [day]).fetchall())]
+
+
+def month_used(store: Store, account_id: str, start: int) -> int:
+    """Calls of the month that begins at `start`."""
+    query = "select calls from windows where payer = ? and window = 'month' and start = ?"
+    row = store.read(lambda db: db.execute(query, [account_id, start]).fetchone())
+    return int(row[0]) if row else 0

@@ -10,7 +10,7 @@ from typing import Any
 from argon2 import PasswordHasher
 from argon2.exceptions import VerificationError
 
-from appliance.errors import BadRequest, Conflict
+from appliance.errors import BadRequest, Conflict, NotFound
 from appliance.store import audit
 from appliance.store.database import Store
 from appliance.store.ids import COMMAND_LINE, checked_name, new_id, now
@@ -39,9 +39,7 @@ def create(
     user = User(new_id("usr"), account_id, checked_name(name, "a user"), role, now(), None)
     if role not in ROLES:
         raise BadRequest(f"There is no role {role[:50]!r}; the roles are {', '.join(ROLES)}.")
-    if not SHORTEST_PASSWORD <= len(password) <= 1_000:
-        raise BadRequest(f"A password needs {SHORTEST_PASSWORD} to 1,000 characters.")
-    hashed = _hasher.hash(password)
+    hashed = _hashed(password)
 
     def insert(db: Any) -> None:
         if db.execute("select 1 from users where name = ?", [user.name]).fetchone():
@@ -54,6 +52,40 @@ def create(
 
     store.write(insert, durable=True).result()
     return user
+
+
+def set_password(store: Store, name: str, password: str, *, by: str = COMMAND_LINE) -> User:
+    """Another password, durable when it returns. Raises NotFound or BadRequest."""
+    user, hashed = by_name(store, name), _hashed(password)
+
+    def change(db: Any) -> None:
+        db.execute("update users set password_hash = ? where id = ?", [hashed, user.id])
+        audit.record(db, by, "user.passwd", user=user.id)
+
+    store.write(change, durable=True).result()
+    return user
+
+
+def disable(store: Store, name: str, *, by: str = COMMAND_LINE) -> User:
+    """The user cannot sign in any more. Raises NotFound."""
+    user = by_name(store, name)
+
+    def change(db: Any) -> None:
+        done = db.execute("update users set disabled = ? where id = ? and disabled is null", [now(), user.id])
+        if done.rowcount:
+            audit.record(db, by, "user.disable", user=user.id)
+
+    store.write(change, durable=True).result()
+    return by_name(store, name)
+
+
+def by_name(store: Store, name: str) -> User:
+    """The user of this name or id. Raises NotFound."""
+    query = "select id, account_id, name, role, created, disabled from users where name = ? or id = ?"
+    row = store.read(lambda db: db.execute(query, [name, name]).fetchone())
+    if row is None:
+        raise NotFound(f"There is no user {name[:100]!r}.")
+    return User(*row)
 
 
 def listing(store: Store) -> list[User]:
@@ -71,6 +103,12 @@ def verify(store: Store, name: str, password: str) -> User | None:
     except VerificationError:
         return None
     return User(*row[:6]) if row and row[5] is None else None
+
+
+def _hashed(password: str) -> str:
+    if not SHORTEST_PASSWORD <= len(password) <= 1_000:
+        raise BadRequest(f"A password needs {SHORTEST_PASSWORD} to 1,000 characters.")
+    return _hasher.hash(password)
 
 
 @cache

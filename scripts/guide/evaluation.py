@@ -28,7 +28,7 @@ from scripts.guide.wording import mistyped
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "appliance-guide.gguf"
-FROZEN = "730338915ed57249585c0211703bd636dc2bc593781eea04990b19dde40216ce"
+FROZEN = "319871cb536eb466f0b90af619af3d430f6e2b9d2c295cc3242ed0b4ae1f21e5"
 DEVELOPMENT = HELD_OUT.with_name("development.jsonl")
 DECLINES = "cannot answer that"
 TYPO_SEED = 7

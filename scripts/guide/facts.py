@@ -14,7 +14,7 @@ from functools import cache
 import click
 
 from appliance import cli, config, errors
-from appliance.access.plans import PLANS
+from appliance.access.plans import Plans
 from appliance.api.endpoints import ENDPOINTS
 
 PLACEHOLDER = re.compile(r"\{\{([^{}]+)\}\}")
@@ -39,7 +39,7 @@ def number(value: float | None) -> str:
 def placeholders() -> dict[str, str]:
     """Every placeholder's text."""
     found: dict[str, str] = {}
-    for plan in PLANS.values():
+    for plan in Plans().values():
         found |= {f"plan.{plan.name}.{w}": number(getattr(plan, field)) for w, field in WINDOWS.items()}
     for setting in config.settings():
         plain = isinstance(setting.default, str | bool) or setting.name.endswith("port")

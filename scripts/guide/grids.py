@@ -202,9 +202,9 @@ _ASK_SETTING = [
 
 
 def _settings() -> Iterator[Grid]:
-    for setting in config.settings():
-        section, key = setting.name.split(".")
-        variable = f"APPLIANCE_{section.upper()}__{key.upper()}"
+    for setting in config.settings({"NAME": config.PlanSettings()}):  # any plan's
+        section, key = setting.name.rsplit(".", 1)
+        variable = f"APPLIANCE_{section.upper().replace('.', '__')}__{key.upper()}"
         names = "{" + "|".join([key, f"[{section}] {key}", f"`{key}`", key.replace("_", " "), f"{section}.{key}"]) + "}"
         yield f"setting.{setting.name}", [q.replace("{s}", names).replace("{e}", variable) for q in _ASK_SETTING]
 
