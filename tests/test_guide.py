@@ -264,7 +264,8 @@ def test_it_streams_and_goes_on_with_a_conversation(guided: Box) -> None:
         {"role": "user", "content": "And how do I undo that?"},
     ]
     reply = guided.chat(messages=then, max_tokens=..., temperature=0).json
-    assert reply["text"] != done["text"] and reply["finish_reason"] == "stop" and reply["usage"]["cached_tokens"] > 30
+    assert "appliance key revoke" in reply["text"]
+    assert reply["finish_reason"] == "stop" and reply["usage"]["cached_tokens"] > 30
 
 
 @pytest.mark.parametrize(
