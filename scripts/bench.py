@@ -21,14 +21,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.benchlib import alone, machine, pairs
+from scripts.benchlib import alone, edge, machine, pairs
 from scripts.benchlib.client import BenchError, Sampling
 from scripts.benchlib.figures import table
 from scripts.benchlib.run import Run, say
 from scripts.benchlib.servers import Setup
 
 Scenario = Callable[[Run], Awaitable[None]]
-NAMES = ("throughput", "shared-prefix", "intruder", "fairness", "host-time", "idle", "memory", "ready", "guide")
+ENGINE = ("throughput", "shared-prefix", "intruder", "fairness", "host-time", "idle", "memory", "ready", "guide")
+NAMES = (*ENGINE, "gate", "scale")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -108,6 +109,8 @@ def scenarios(streams: Sequence[int]) -> dict[str, Scenario]:
         alone.memory,
         alone.start,
         alone.guide,
+        edge.gate,
+        edge.scale,
     )
     return dict(zip(NAMES, chosen, strict=True))
 

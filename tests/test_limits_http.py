@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
 import random
-import signal
 import socket
 import struct
 import time
@@ -20,14 +17,10 @@ import pytest
 
 from appliance import admin
 from appliance.config import LimitSettings
-from appliance.store import usage
-from appliance.store.database import Store
-from appliance.store.keyfile import read_key
 from tests.box import Answer, Box, events, wait_until
 
 ROUNDS = 20
 ABORTS = 1_000
-KILLS = 3
 WRONG_KEYS = LimitSettings().wrong_keys_per_minute
 LONG = 3_000  # tokens of an answer that is still running when the test is done with it
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends a reset
@@ -179,43 +172,6 @@ def test_a_thousand_aborted_calls_leave_no_lease(tmp_path: Path) -> None:
             wait_until(lambda: status(box)["calls_running"] == 0, seconds=2)
         assert sum(seen.values()) == ABORTS and len(seen) == 4, seen
         wait_until(lambda: status(box)["running"] == 0)
-
-
-def test_after_kill_9_the_month_counts_what_was_acknowledged_and_no_lease_survives(tmp_path: Path) -> None:
-    """A few kills here; the soak does many."""
-    data_dir, begun, done, interrupted = tmp_path / "box", [0], list[int](), 0
-    with Box.start(data_dir) as box:
-        [key] = account(box, "month", plan="enterprise")
-    for number in range(KILLS):
-        with Box.serve(data_dir) as box:
-            box.wait_ready()
-            before = len(done)
-
-            def caller(box: Box = box) -> None:
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    while True:
-                        begun[0] += 1
-                        done.append(box.chat("Hi", max_tokens=4, key=key).status)
-
-            with ThreadPoolExecutor(4) as pool:
-                for _ in range(4):
-                    pool.submit(caller)
-                wait_until(lambda enough=before + 10 + 5 * number: len(done) > enough)  # type: ignore[misc]
-                held = status(box)["calls_running"]
-                box.process.send_signal(signal.SIGKILL)
-            interrupted += held > 0
-    assert set(done) == {200}
-    assert interrupted >= KILLS - 1, "killed with work in flight"
-    with Box.serve(data_dir) as box:
-        box.wait_ready()
-        assert status(box)["calls_running"] == 0
-        shown = box.chat("Hi", max_tokens=1, key=key)
-        hour = next(p for p in shown.headers["ratelimit-policy"].split(", ") if p.startswith('"hour"'))
-        assert hour == '"hour";q=10000;w=3600'
-    store = Store.open(data_dir / "appliance.db", read_key(data_dir / "secrets" / "master.key"))
-    months = [calls for _, window, _, calls in usage.windows(store) if window == "month"]
-    store.close()
-    assert len(done) + 1 <= max(months) <= begun[0] + 1
 
 
 def test_a_refusal_in_a_stream_is_a_status(limited: Box) -> None:
