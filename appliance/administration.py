@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 import time
 from collections.abc import Callable, Container, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ class Administration:
     catalog: Catalog
     keyring: KeyRing
     plans: Plans  # the settings'
+    plan_names: threading.Lock = field(
+        default_factory=threading.Lock
+    )  # held while an account is given one, and by reload
 
     def reload_keys(self) -> None:
         """The keyring holds what the store says."""
@@ -61,15 +65,17 @@ class Administration:
             log.warning("%s was done, but is not in the audit log: %s", what, error.message)
 
     def account_create(self, name: str, plan: str, email: str | None = None) -> dict[str, Any]:
-        self._need_plan(plan)
-        return asdict(accounts.create(self.store, name, plan, email))
+        with self.plan_names:
+            self._need_plan(plan)
+            return asdict(accounts.create(self.store, name, plan, email))
 
     def account_list(self) -> list[dict[str, Any]]:
         return [asdict(a) for a in accounts.listing(self.store)]
 
     def account_set_plan(self, name: str, plan: str) -> dict[str, Any]:
-        self._need_plan(plan)
-        return self._changed(accounts.set_plan(self.store, name, plan))
+        with self.plan_names:
+            self._need_plan(plan)
+            return self._changed(accounts.set_plan(self.store, name, plan))
 
     def account_disable(self, name: str) -> dict[str, Any]:
         return self._changed(accounts.set_disabled(self.store, name, True))
@@ -83,6 +89,7 @@ class Administration:
     def account_export(self, name: str) -> dict[str, Any]:
         """All but the calls, of which there may be millions: those come by `calls_after`."""
         account = accounts.by_name(self.store, name)
+        self.record("account.export", account=account.id)
         return {
             "account": asdict(account),
             "users": [asdict(u) for u in users.listing(self.store) if u.account_id == account.id],
@@ -100,7 +107,7 @@ class Administration:
 
     def check_plans(self, plans: Container[str]) -> None:
         """Raises ConfigError unless every account's plan is among `plans`."""
-        missing = {account.plan for account in accounts.listing(self.store) if account.plan not in plans}
+        missing = {plan for plan in accounts.plans_in_use(self.store) if plan not in plans}
         if missing:
             raise ConfigError(f"Accounts have the plan {', '.join(sorted(missing))}, which the settings do not name.")
 
@@ -169,8 +176,11 @@ class Administration:
         chosen = [accounts.by_name(self.store, account)] if account else accounts.listing(self.store)
         now = time.time()
         start = bounds("month", now)[0]
-        used = {one.name: usage.month_used(self.store, one.id, start) for one in chosen}
-        return {one.name: forecast(used[one.name], self.plans[one.plan].per_month, now).sentence for one in chosen}
+        return {
+            one.name: forecast(usage.month_used(self.store, one.id, start), plan.per_month, now).sentence
+            for one in chosen
+            if (plan := self.plans.get(one.plan)) is not None
+        }
 
     def calls_latest(self, most: int, account: str | None = None) -> list[dict[str, Any]]:
         """The newest rows of the log of calls, oldest first."""

@@ -56,7 +56,7 @@ from appliance.errors import (
     ModelError,
     NotFound,
 )
-from appliance.messages import CompletionRequest, Message, Role
+from appliance.messages import CompletionRequest, Message, Role, Sampling
 from appliance.providers.local import LocalProvider
 from appliance.store.database import Store
 from appliance.store.keyfile import read_key
@@ -74,12 +74,12 @@ SWITCH_SECONDS = 0.0005  # the decode thread waits this long at most until the e
 class Appliance:
     """The ASGI app: every layer that a request passes, outermost last, and whether the server is draining."""
 
-    def __init__(self, services: Services, keyring: KeyRing, gate: Gate) -> None:
+    def __init__(self, services: Services, keyring: KeyRing, gate: Gate, metrics_token: str) -> None:
         self.draining = False
         app: ASGIApp = Router(routes(services, gate), redirect_slashes=False, default=_no_such_endpoint(gate))
         app = self._drain(app)
         app = gate.watch(app)
-        app = Auth(app, keyring)
+        app = Auth(app, keyring, metrics_token)
         app = Hosts(app, services.config.server)
         app = Guard(app)
         self.limits = Limits(app, gate.admission, gate.terms_of)
@@ -135,9 +135,9 @@ class Process:
             plans=self.plans,
             ledger=self.ledger,
             calls=self.calls,
-            metrics_token=metrics_token(config.server.metrics_token_file),
         )
-        self.app = Appliance(services, administration.keyring, self.gate)
+        token = metrics_token(config.server.metrics_token_file)
+        self.app = Appliance(services, administration.keyring, self.gate, token)
         self.exit_code = 0
         self._swap = threading.Lock()
         self._closing = False
@@ -149,7 +149,10 @@ class Process:
         operator = admin.AdminServer(socket_path, self.operate)
         await operator.start()
         beside = [asyncio.create_task(work) for work in (self._forget(), self._cut_invalid(), self.calls.run())]
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
+        for task in beside:
+            task.add_done_callback(_tell)
+        if not sys.stdin.isatty():  # else a closed terminal means the end, as for every program
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
         loader = threading.Thread(target=self._load, name="load", daemon=True)
         loader.start()
         host, port = bound.getsockname()[:2]
@@ -160,6 +163,7 @@ class Process:
         finally:
             for task in beside:
                 task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
             await operator.close()
             await self.ledger.close()
             await self.calls.flush()
@@ -167,22 +171,28 @@ class Process:
         return self.exit_code
 
     def reload(self) -> dict[str, Any]:
-        """Reads the settings again, valid as a whole or refused as a whole. Raises ConfigError; nothing has changed
-        then. Plans, limits and retention count from now on; what else has changed is named."""
+        """Reads the settings again, valid as a whole or refused as a whole; blocks. Raises ConfigError; nothing has
+        changed then. Plans, limits and retention count from now on; what else has changed is named."""
         before, found = self.config, self._reread()
-        self.administration.check_plans(found.plans)
-        rows = {name: value for name, value, _ in show(before)}
-        changed = [(name, value) for name, value, _ in show(found) if rows.get(name) != value]
-        now = [f"{name} = {value}" for name, value in changed if name.split(".")[0] in AT_ONCE]
-        later = [f"{name} = {value}" for name, value in changed if name.split(".")[0] not in AT_ONCE]
+        with self.administration.plan_names:
+            self.administration.check_plans(found.plans)
+            self.plans.replace(found.plans)
+        old, new = ({name: value for name, value, _ in show(config)} for config in (before, found))
+        changed = [f"{name} = {value}" for name, value in new.items() if old.get(name) != value]
+        changed += [f"{name} is gone" for name in old if name not in new]
+        now = [line for line in changed if line.split(".")[0] in AT_ONCE]
         self.config = replace(before, plans=found.plans, limits=found.limits, retention=found.retention)
-        self.plans.replace(found.plans)
         self.tariff.limits = found.limits
         self.gate.admission.wait_seconds = found.limits.turn_seconds
-        return {"changed": now, "after_a_restart": later}
+        if now:
+            self.administration.record("settings.reload", changed="; ".join(now))
+        return {"changed": now, "after_a_restart": [line for line in changed if line not in now]}
 
     def _hang_up(self) -> None:
         """SIGHUP: as `appliance reload`, with the outcome in the log."""
+        threading.Thread(target=self._reload_and_tell, name="reload", daemon=True).start()
+
+    def _reload_and_tell(self) -> None:
         try:
             log.info("the settings were read again", extra=self.reload())
         except ApplianceError as error:
@@ -256,7 +266,7 @@ class Process:
             leases = self.gate.admission.leases
             yield {"result": self.local.status() | {"calls_running": leases.running, "calls_in_line": len(leases)}}
         elif operation == "reload":
-            yield {"result": self.reload()}
+            yield {"result": await asyncio.to_thread(self.reload)}
         elif operation == "models.use":
             yield {"result": await asyncio.to_thread(self._use, str(arguments["name"]))}
         else:
@@ -269,11 +279,17 @@ class Process:
             return self.administration.models_use(name)
 
     async def _chat(self, arguments: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
-        async with aclosing(self.local.complete(_terminal_request(arguments))) as chunks:
+        async with aclosing(self.local.complete(_terminal_request(arguments, self.local.defaults))) as chunks:
             async for chunk in chunks:
                 if chunk.text:
                     yield {"part": chunk.text}
         yield {"result": None}
+
+
+def _tell(task: asyncio.Task[None]) -> None:
+    """Work beside the server never ends by itself."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("work beside the server has ended", exc_info=error)
 
 
 def serve(config: Config, reread: Callable[[], Config]) -> int:
@@ -301,7 +317,7 @@ def local_chat(config: Config) -> Iterator[Callable[[str, dict[str, Any]], Itera
             if operation == "status":
                 yield {"result": local.status()}
                 return
-            chunks = local.complete(_terminal_request(arguments))
+            chunks = local.complete(_terminal_request(arguments, local.defaults))
             try:
                 while (chunk := runner.run(_next(chunks))) is not None:
                     yield {"part": chunk.text}
@@ -336,11 +352,13 @@ class _Turn(msgspec.Struct, forbid_unknown_fields=True):
     content: str
 
 
-def _terminal_request(arguments: dict[str, Any]) -> CompletionRequest:
+def _terminal_request(arguments: dict[str, Any], sampling: Sampling) -> CompletionRequest:
     """What `appliance chat` asks. Raises BadRequest."""
     try:
         turns = msgspec.convert(arguments.get("messages"), list[_Turn])
         most = msgspec.convert(arguments.get("max_tokens"), int | None)
     except msgspec.ValidationError as error:
         raise BadRequest("The conversation is malformed.") from error
-    return CompletionRequest(tuple(Message(t.role, t.content) for t in turns), account="terminal", max_tokens=most)
+    return CompletionRequest(
+        tuple(Message(t.role, t.content) for t in turns), account="terminal", sampling=sampling, max_tokens=most
+    )

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 from urllib.parse import urlsplit
 
 import click
@@ -329,13 +329,26 @@ def account_export(config_file: str | None, data_dir: str | None, as_json: bool,
     """Writes what is known of an account into a new JSON file: users, keys without secrets, usage, calls."""
     settings, target = config.load(data_dir, config_file), Path(file).absolute()
     found = _operate(settings, "account.export", name=name)
-    calls = list(_calls(settings, 0, account=found["account"]["id"]))
     try:
         with open(target, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
-            json.dump({**found, "calls": calls}, out, indent=1)
+            try:
+                calls = _write_export(out, found, _calls(settings, 0, account=found["account"]["id"]))
+            except BaseException:
+                target.unlink()
+                raise
     except OSError as error:
         raise UsageError(f"{target} cannot be written: {error.strerror}; an export overwrites nothing.") from error
-    _print({"path": str(target), "keys": len(found["keys"]), "calls": len(calls)}, as_json)
+    _print({"path": str(target), "keys": len(found["keys"]), "calls": calls}, as_json)
+
+
+def _write_export(out: TextIO, found: dict[str, Any], calls: Iterator[dict[str, Any]]) -> int:
+    """One JSON object; the calls, of which there may be millions, one by one. How many they were."""
+    count = 0
+    out.write(json.dumps(found, indent=1).removesuffix("\n}") + ',\n "calls": [')
+    for count, call in enumerate(calls, 1):
+        out.write(("," if count > 1 else "") + "\n  " + json.dumps(call))
+    out.write("\n ]\n}\n")
+    return count
 
 
 @account.command(name="delete")
@@ -550,7 +563,7 @@ def _month(text: str) -> tuple[int, int]:
 @main.command(name="logs")
 @_common
 @click.option("--account", metavar="NAME", help="one account; default: all")
-@click.option("-n", "most", type=click.IntRange(0, 10_000), default=100, show_default=True, help="how many")
+@click.option("-n", "most", type=click.IntRange(0, 1_000), default=100, show_default=True, help="how many")
 @click.option("--follow", is_flag=True, help="go on with new calls, until Ctrl-C")
 @_json
 def logs_command(
@@ -563,6 +576,8 @@ def logs_command(
     last = rows[-1]["number"] if rows else 0
     while follow:
         time.sleep(FOLLOW_SECONDS)
+        if not _reachable(settings):
+            continue  # nothing calls a server that does not run
         for row in _calls(settings, last, account=account):
             last = row["number"]
             _show_calls([row], as_json)

@@ -359,6 +359,8 @@ def _read_file(file: Path) -> Iterable[tuple[str, Any]]:
             raise ConfigError(f"{file}: there is no section [{_shown(section, bare=True)}]; {nearest}.")
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {section} is a section: write [{section}] on a line of its own.")
+        if section.startswith("plans.") and not table:  # a plan all the same, with a community's numbers
+            table = {"per_minute": PLANS.get(section.removeprefix("plans."), PlanSettings()).per_minute}
         for name, value in table.items():
             yield f"{section}.{name}", _beside(file, f"{section}.{name}", value)
 

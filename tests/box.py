@@ -96,7 +96,7 @@ class Box:
         with log.open("ab") as out:
             process = subprocess.Popen(
                 [*APPLIANCE, "serve", "--data-dir", str(data_dir), "--port", str(port), *options],
-                stdout=out, stderr=out, env=environment(**settings),
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment(**settings),
             )  # fmt: skip
         running = cls(data_dir, port, key, process, log, settings)
         try:

@@ -10,11 +10,13 @@ from appliance.api.body import decode
 from appliance.api.llm import ChatBody, completion_request
 from appliance.messages import Caller, CompletionRequest, Message, Sampling
 
+DEFAULTS = Sampling()
+
 
 def asked(weight: float = 1.0, **fields: object) -> CompletionRequest:
     body = {"messages": [{"role": "user", "content": "Hello"}]} | fields
     caller = Caller("acc_1", "ada", "community", "key_1", "llm")
-    return completion_request(decode(json.dumps(body).encode(), ChatBody), caller, weight, "req_1")
+    return completion_request(decode(json.dumps(body).encode(), ChatBody), caller, weight, DEFAULTS, "req_1")
 
 
 def test_the_defaults_are_the_documented_ones() -> None:
@@ -33,6 +35,13 @@ def test_every_field_arrives() -> None:
     request = asked(temperature=0, top_p=0.5, top_k=3, min_p=0, seed=-7, max_tokens=5, stop="x", ignore_eos=True)
     assert request.sampling == Sampling(temperature=0, top_p=0.5, top_k=3, min_p=0, seed=-7)
     assert (request.max_tokens, request.stop, request.ignore_eos) == (5, ("x",), True)
+
+
+def test_the_models_own_way_of_drawing_is_the_default_and_no_more() -> None:
+    body = decode(json.dumps({"messages": [{"role": "user", "content": "Hi"}], "top_p": 0.5}).encode(), ChatBody)
+    own = Sampling(temperature=0.0, top_p=0.8, repeat_penalty=1.1)
+    request = completion_request(body, Caller("acc_1", "ada", "community", "key_1", "llm"), 1.0, own, "req_1")
+    assert request.sampling == Sampling(temperature=0.0, top_p=0.5, repeat_penalty=1.1)
 
 
 def test_null_is_leaving_out() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import io
 import json
 import signal
@@ -27,6 +29,7 @@ TOKEN = "a-token-of-the-monitoring-0123456789"
 def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     folder = tmp_path_factory.mktemp("operations")
     (folder / "metrics.token").write_text(TOKEN + "\n")
+    (folder / "metrics.token").chmod(0o600)
     quick = {"APPLIANCE_SERVER__STREAM_HEADER_HOLD_SECONDS": "0.1"}
     proxy = {"APPLIANCE_SERVER__TRUSTED_PROXIES": "127.0.0.1"}  # so that tests may come from other addresses
     token = {"APPLIANCE_SERVER__METRICS_TOKEN_FILE": str(folder / "metrics.token")}
@@ -151,6 +154,8 @@ def test_a_key_ends_by_itself(box: Box) -> None:
         assert "is no time" in refused(box, *words, code=2)
     past = ("key", "create", "--account", "ends", "--name", "n", "--scope", FULL, "--expires", "2020-01-01")
     assert "future" in refused(box, *past)
+    far = (*past[:-1], "9999-12-31")
+    assert "hundred years" in refused(box, *far) and box.command("key", "list").returncode == 0
 
 
 def test_a_key_works_from_its_networks_alone(box: Box) -> None:
@@ -190,6 +195,8 @@ def test_tokens_per_day_hold_and_outlive_a_restart(tmp_path: Path) -> None:
         assert second.status == 200, "it began below its limit"
         refusal = box.chat("Hi", max_tokens=1, key=key["key"])
         assert refusal.status == 429 and "tokens per day" in refusal.json["error"]
+        shown = [refusal.headers[f"x-ratelimit-{name}"] for name in ("window", "limit", "remaining")]
+        assert shown == ["day", "60", "0"]
         assert 1 <= refusal.json["retry_after"] <= 86_400
     with Box.serve(tmp_path) as box:
         box.wait_ready()
@@ -206,6 +213,79 @@ def test_what_an_aborted_stream_took_is_counted(box: Box) -> None:
     s.close()
     wait_until(lambda: _usage(box, key)["month"]["completion_tokens"] > 0)
     assert 0 < _usage(box, key)["month"]["completion_tokens"] < LONG
+
+
+# ── bad input ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_whatever_is_wrong_with_a_key_is_told_in_the_same_words(box: Box) -> None:
+    made_key = new_key(box, "probed")
+    key = made_key["key"]
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    good = f"Authorization: Bearer {key}"
+    heads = {
+        "none": "",
+        "sql": "Authorization: Bearer ' or 1=1 --",
+        "unicode": "Authorization: Bearer oai_\u00fc\u00fc",
+        "hash": f"Authorization: Bearer {digest}",
+        "shorter": f"Authorization: Bearer {key[:-1]}",
+        "other scheme": f"Authorization: Basic {key}",
+        "no scheme": f"Authorization: {key}",
+        "twice": f"{good}\r\n{good}",
+        "another too": f"{good}\r\nAuthorization: Bearer oai_{'x' * 32}",
+        "cookie": f"Cookie: api_key={key}",
+        "own header": f"X-Api-Key: {key}",
+        "id": f"Authorization: Bearer {made_key['id']}",
+    }
+    told = {}
+    for n, (name, head) in enumerate(heads.items()):
+        answer = _raw(box, "GET", "/api/usage", f"{head}\r\n" if head else "", f"198.51.100.{n}")
+        body = json.loads(answer.partition(b"\r\n\r\n")[2])
+        told[name] = (answer[9:12], body["error"], body["code"])
+    assert set(told.values()) == {(b"401", "Missing or invalid API key", "UNAUTHORIZED")}, told
+    assert _raw(box, "GET", f"/api/usage?api_key={key}", "", "198.51.100.90")[9:12] == b"401"
+    assert _raw(box, "GET", "/api/usage", f"{good}\r\n", "198.51.100.91")[9:12] == b"200", "the control"
+    for head, status in (("Authorization: Bearer oai_\0", b"400"), (f"Authorization: Bearer {'x' * 10**6}", b"431")):
+        assert _raw(box, "GET", "/api/usage", f"{head}\r\n", "198.51.100.92")[9:12] == status
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["//api/usage", "/api%2fusage", "/api/usage;x", "/api/usage/", "/api/./usage", "/API/usage", "/api/usage%00"],
+)
+def test_a_path_is_its_only_spelling(box: Box, path: str) -> None:
+    key = new_key(box, f"spells {path.encode().hex()}")["key"]
+    answer = _raw(box, "GET", path, f"Authorization: Bearer {key}\r\n", "198.51.100.93")
+    assert answer[9:12] in (b"404", b"400"), answer
+
+
+def test_a_method_is_what_the_request_line_says(box: Box) -> None:
+    key = new_key(box, "overrides")["key"]
+    for name in ("X-HTTP-Method-Override", "X-Method-Override", "X-HTTP-Method"):
+        answer = box.get("/llm/chat", key=key, headers={name: "POST"})
+        assert answer.status == 405 and answer.headers["allow"] == "POST"
+
+
+def test_unknown_scopes_and_plans_are_refused(box: Box) -> None:
+    words = ("key", "create", "--account", "default", "--name", "n", "--scope")
+    assert "admin" in refused(box, *words, "admin", code=2)
+    assert "the plans are" in refused(box, "account", "create", "x", "--plan", "' or 1=1")
+    for option in ("--per-minute", "--concurrent", "--tokens-per-day"):
+        refused(box, *words, "llm", option, "-1", code=2)
+
+
+def _raw(box: Box, method: str, path: str, head: str, ip: str) -> bytes:
+    with socket.create_connection(("127.0.0.1", box.port), timeout=20) as s:
+        request = (
+            f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: {ip}\r\n{head}Connection: close\r\n\r\n"
+        )
+        with contextlib.suppress(ConnectionError):
+            s.sendall(request.encode("latin-1"))
+        got = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := s.recv(65_536):
+                got += piece
+    return got
 
 
 # ── usage ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -307,13 +387,15 @@ def test_metrics_are_for_this_machine_and_for_whoever_has_the_token(box: Box) ->
     elsewhere = {"X-Forwarded-For": "192.0.2.7"}
     assert box.get("/metrics", key=None, headers=elsewhere).status == 404
     assert box.get("/metrics", key=TOKEN[:-1] + "x", headers=elsewhere).status == 404
+    assert box.get("/metrics", key=None, headers={"Via": "1.1 gateway"}).status == 404
     assert [box.get("/metrics", key=TOKEN, headers=elsewhere).status for _ in range(30)] == [200] * 30, "no guess"
 
 
-@pytest.mark.parametrize("content", ["", "short", "two words that are long", "ümlaut-in-a-long-token"])
+@pytest.mark.parametrize("content", ["", "short", "two words that are long", "ümlaut-in-a-long-token", TOKEN])
 def test_a_token_that_is_no_secret_ends_the_start(tmp_path: Path, content: str) -> None:
     file = tmp_path / "token"
     file.write_text(content)
+    file.chmod(0o644 if content == TOKEN else 0o600)
     command("init", data_dir=tmp_path / "data")
     with Box.serve(tmp_path / "data", APPLIANCE_SERVER__METRICS_TOKEN_FILE=str(file)) as box:
         assert box.process.wait(20) == 3
@@ -367,11 +449,22 @@ def test_an_account_is_exported_and_deleted_and_leaves_numbers(box: Box, tmp_pat
     made(box, "account", "create", "goes", "--plan", "community")  # the name is free
 
 
+def test_deleting_the_first_account_leaves_its_administrator_and_init_makes_no_other(tmp_path: Path) -> None:
+    command("init", data_dir=tmp_path)
+    command("account", "create", "other", "--plan", "community", data_dir=tmp_path)
+    command("account", "delete", "default", "--yes", data_dir=tmp_path)
+    users = json.loads(command("user", "list", "--json", data_dir=tmp_path).stdout)
+    assert [(u["name"], u["account_id"]) for u in users] == [("admin", None)]
+    assert json.loads(command("init", "--json", data_dir=tmp_path).stdout)["created"] is False
+    assert json.loads(command("key", "list", "--json", data_dir=tmp_path).stdout) == []
+
+
 def test_every_act_is_in_the_audit_log_and_the_chain_holds(box: Box) -> None:
     key = new_key(box, "audited")
     made(box, "key", "revoke", key["id"])
     rows = made(box, "audit", "list")
     assert [r["what"] for r in rows][-3:] == ["account.create", "key.create", "key.revoke"]
+    assert {"settings.reload", "account.export", "account.delete", "user.create"} <= {r["what"] for r in rows}
     assert key["key"] not in json.dumps(rows)
     found = made(box, "audit", "verify")
     assert found["rows"] == len(rows) and found["broken"] is None

@@ -241,3 +241,24 @@ def test_it_counts_as_a_list_of_all_calls_would(pauses: list[float], limits: Lim
         except (RateLimited, MonthlyLimitReached):
             allowed = False
         assert allowed == reference.take(now)
+
+
+def test_tokens_of_a_day_refuse_until_the_next_and_show_the_day() -> None:
+    windows, now = Windows(), 1_773_144_000
+    key = Payer("key", Limits(minute=50), tokens=100)
+    windows.take([key], now)
+    windows.spend([key], 99, now)
+    windows.take([key], now)  # it begins below the limit
+    windows.spend([key], 30, now)
+    with pytest.raises(RateLimited, match="tokens per day") as refused:
+        windows.take([key], now)
+    assert refused.value.retry_after == 86_400 - now % 86_400 and refused.value.window == "day"
+    shown = windows.view([key], now, refused=True)
+    assert shown is not None and (shown.window, shown.limit, shown.remaining) == ("day", 100, 0)
+    assert shown.reset == now + refused.value.retry_after
+    windows.take([key], shown.reset)
+    windows.spend([key], 100, shown.reset)
+    with pytest.raises(RateLimited):
+        windows.take([key], shown.reset - 3_600)  # a clock that was set back gives nothing back
+    windows.forget(shown.reset + 2 * 86_400)
+    windows.take([key], shown.reset + 2 * 86_400)

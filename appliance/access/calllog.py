@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from appliance.config import RetentionSettings
-from appliance.errors import Unavailable
+from appliance.errors import ApplianceError
 from appliance.store import calls, keys
 from appliance.store.calls import Row
 from appliance.store.database import Store
@@ -24,6 +24,7 @@ log = logging.getLogger("appliance.calls")
 EVERY_SECONDS = 1.0
 MOST = 10_000  # rows in memory
 GROUP = 1_000  # rows of one write
+REFUSED = 429
 PURGE_SECONDS = 600.0
 BREATH_SECONDS = 0.05  # between two portions of a purge
 
@@ -39,28 +40,36 @@ class CallLog:
         self.counts: Counter[tuple[str, int]] = Counter()  # by route and status, since the start
 
     def add(self, row: Row) -> None:
-        """Notes a call that has ended."""
+        """Notes a call that has ended. Refusals of strangers are only counted: they could fill the disk."""
         self.counts[row.endpoint, row.status] += 1
+        if row.key_id is None and row.status == REFUSED:
+            return
         self.lost += len(self._rows) == MOST
         self._rows.append(row)
 
     async def run(self) -> None:
-        """Writes and purges until it is cancelled."""
-        purged = 0.0
+        """Writes and purges until it is cancelled; a purge may take long, and nothing waits for it."""
+        await asyncio.gather(self._flush_for_ever(), self._purge_for_ever())
+
+    async def _flush_for_ever(self) -> None:
         while True:
             await asyncio.sleep(EVERY_SECONDS)
             await self.flush()
-            if time.monotonic() - purged > PURGE_SECONDS:
-                await self._purge()
-                purged = time.monotonic()
+
+    async def _purge_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(EVERY_SECONDS)
+            await self._purge()
+            await asyncio.sleep(PURGE_SECONDS)
 
     async def flush(self) -> None:
         """Writes what has come; what cannot be written stays."""
         while self._rows:
             group = [self._rows.popleft() for _ in range(min(GROUP, len(self._rows)))]
             try:
-                await asyncio.wrap_future(self._store.write(partial(_write, group)))
-            except Unavailable:
+                await asyncio.shield(asyncio.wrap_future(self._store.write(partial(_write, group))))
+            except ApplianceError as error:
+                log.warning("the log of calls cannot be written now: %s", error.message)
                 kept = group[-(MOST - len(self._rows)) :] if len(self._rows) < MOST else []
                 self.lost += len(group) - len(kept)
                 self._rows.extendleft(reversed(kept))
@@ -72,7 +81,7 @@ class CallLog:
         try:
             while await asyncio.to_thread(due):
                 await asyncio.sleep(BREATH_SECONDS)
-        except Unavailable as error:
+        except ApplianceError as error:
             log.warning("the log of calls was not purged: %s", error.message)
 
 

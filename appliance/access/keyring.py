@@ -26,19 +26,17 @@ class KeyRing:
     """Replaced as a whole, so that a look-up never sees half a change."""
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        self._entries: dict[bytes, Entry] = {}
-        self._by_id: dict[str, Entry] = {}
+        self._entries: tuple[dict[bytes, Entry], dict[str, Entry]] = ({}, {})  # by hash, and by id
         self._lock = threading.Lock()
         self.replace(entries)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._entries[0])
 
     def replace(self, entries: Iterable[Entry]) -> None:
         """From now on these keys are valid, and no others."""
         found = list(entries)
-        self._entries = {entry.digest: entry for entry in found}
-        self._by_id = {entry.caller.key_id: entry for entry in found}
+        self._entries = ({e.digest: e for e in found}, {e.caller.key_id: e for e in found})
 
     def reload(self, load: Callable[[], Iterable[Entry]]) -> None:
         """Replaces the keys by what `load` reads; one after the other, so that an older state never comes last."""
@@ -47,7 +45,7 @@ class KeyRing:
 
     def holds(self, key_id: str, now: float) -> bool:
         """Whether a key that was found before is still valid."""
-        entry = self._by_id.get(key_id)
+        entry = self._entries[1].get(key_id)
         return entry is not None and (entry.expires is None or now < entry.expires)
 
     def find(self, key: str | None, now: float, ip: str) -> Caller | None:
@@ -55,7 +53,7 @@ class KeyRing:
         if key is None or not looks_like_key(key):
             return None
         hashed = digest(key)
-        entry = self._entries.get(hashed)
+        entry = self._entries[0].get(hashed)
         if entry is None or not hmac.compare_digest(entry.digest, hashed):
             return None
         if entry.expires is not None and now >= entry.expires:

@@ -23,6 +23,7 @@ from appliance.errors import MonthlyLimitReached, RateLimited
 NAMES = ("minute", "hour", "month")
 MONTH = 2  # place of the month among them
 DAY = 86_400
+DAYS_RANK = -1.5  # a day is longer than an hour, and shorter than a month
 LONGEST_STEP = 32 * 86_400  # seconds; a clock that was further ahead was wrong
 KEPT = 86_400  # seconds
 NEARLY = 0.8  # share of the month from which a warning is given
@@ -148,7 +149,7 @@ class Windows:
         payers = list(payers)
         counts = [self._current(payer, now) for payer in payers]
         nearly = any(_nearly(payer.limits, counted) for payer, counted in zip(payers, counts, strict=True))
-        tightest: tuple[float, int] | None = None
+        tightest: tuple[float, float] | None = None
         shown: View | None = None
         for payer, counted in zip(payers, counts, strict=True):
             for i, limit in enumerate(payer.limits):
@@ -159,6 +160,14 @@ class Windows:
                 if tightest is None or rank < tightest:
                     tightest = rank
                     shown = View(NAMES[i], limit, left, counted.ends[i], nearly)
+            if (
+                refused
+                and payer.tokens is not None
+                and counted.tokens >= payer.tokens
+                and (0.0, DAYS_RANK) < (tightest or (1.0, 0))
+            ):
+                tightest = (0.0, DAYS_RANK)
+                shown = View("day", payer.tokens, 0, (counted.day + 1) * DAY, nearly)
         return shown
 
     def used(self, payer: str, now: float) -> dict[str, int]:

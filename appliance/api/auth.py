@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import time
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -11,16 +12,22 @@ from appliance.access.keys import bearer
 
 
 class Auth:
-    """Puts the `Caller` of a valid key into `scope["state"]["caller"]`, else None, and whether a wrong one came."""
+    """Puts the `Caller` of a valid key into `scope["state"]["caller"]`, else None; beside it whether a wrong one came,
+    and whether it was the token of the monitoring, which is no key."""
 
-    def __init__(self, app: ASGIApp, keyring: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, keyring: KeyRing, metrics_token: str = "") -> None:
         self.app = app
         self.keyring = keyring
+        self._metrics_token = metrics_token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             values = [value for name, value in scope["headers"] if name == b"authorization"]
             ip = scope["client"][0] if scope["client"] else ""
-            caller = self.keyring.find(bearer(values), time.time(), ip)
-            scope["state"]["caller"], scope["state"]["wrong_key"] = caller, caller is None and bool(values)
+            key = bearer(values)
+            caller = self.keyring.find(key, time.time(), ip)
+            monitors = bool(self._metrics_token) and hmac.compare_digest((key or "").encode(), self._metrics_token)
+            scope["state"] |= {
+                "caller": caller, "monitors": monitors, "wrong_key": caller is None and bool(values) and not monitors,
+            }  # fmt: skip
         await self.app(scope, receive, send)

@@ -17,6 +17,7 @@ from starlette.routing import BaseRoute, Route
 from appliance.api import health, llm, metrics, usage
 from appliance.api.gate import Gate
 from appliance.api.services import Services
+from appliance.errors import NotFound
 from appliance.messages import Scope
 
 Handler = Callable[[Request, Services], Awaitable[Response]]
@@ -66,6 +67,9 @@ def _gated(
     path: str, methods: dict[str, Endpoint], services: Services, gate: Gate
 ) -> Callable[[Request], Awaitable[Response]]:
     async def handle(request: Request) -> Response:
+        if b"%" in request.scope["raw_path"]:  # no path of ours needs it, and a proxy's rules may not see through it
+            gate.refuse(request)
+            raise NotFound("There is no such endpoint.")
         request.state.endpoint = path
         endpoint = methods["GET" if request.method == "HEAD" else request.method]
         gate.allow(request, endpoint.scope)

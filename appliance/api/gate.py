@@ -7,6 +7,7 @@ that keys cannot be guessed; a valid key is never asked about its neighbours at 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from starlette.requests import Request
@@ -18,9 +19,7 @@ from appliance.access.ledger import Ledger
 from appliance.api.limits import TermsOf, Turn
 from appliance.errors import Forbidden, Unauthorized
 from appliance.messages import Caller, Scope
-from appliance.store.usage import Call
-
-OWN_TOKEN = "/metrics"  # takes a token that is no key, and says nothing of keys
+from appliance.store.usage import Call, Spent
 
 
 class Gate:
@@ -52,7 +51,7 @@ class Gate:
         """Whoever brings a wrong key pays for it, wherever: open pages would show, too, whether one is valid."""
 
         async def watched(scope: ASGIScope, receive: Receive, send: Send) -> None:
-            if scope["state"]["wrong_key"] and scope["path"] != OWN_TOKEN:
+            if scope["state"]["wrong_key"]:
                 self._visit(scope)
             await app(scope, receive, send)
 
@@ -72,8 +71,12 @@ class Gate:
         entry = turn.reserve(counts=counts, leases=leases)
         if entry.charge is not None and entry.charge.payers:
             call = Call(caller.account_id, caller.key_id, path, self.admission.now())
-            turn.record = partial(self._ledger.spend, call)
+            turn.record = partial(self._spend, call)
             entry.undo = partial(self._ledger.take_back, call, entry.charge)
             await self._ledger.charge(call, entry.charge)
         if waits:
             await turn.wait()
+
+    def _spend(self, call: Call, spent: Spent) -> None:
+        """Tokens belong to the day on which the call ends, as in the windows."""
+        self._ledger.spend(replace(call, at=self.admission.now()), spent)

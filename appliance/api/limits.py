@@ -59,7 +59,9 @@ class Turn:
 
     def reserve(self, *, counts: bool, leases: bool) -> Entry:
         """Charges the call. Raises RateLimited or MonthlyLimitReached."""
-        self.entry = self._admission.reserve(self._terms(), counts=counts, leases=leases)
+        terms = self._terms()
+        self._terms = lambda: terms  # a plan that is changed, or gone, counts for later calls
+        self.entry = self._admission.reserve(terms, counts=counts, leases=leases)
         return self.entry
 
     async def wait(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -100,10 +101,10 @@ class ChatBody(Struct, forbid_unknown_fields=True):
             raise BadRequest("Every stop string must have 1 to 500 characters.")
         return stops
 
-    def sampling(self) -> Sampling:
-        """Our defaults with what the request sets."""
+    def sampling(self, defaults: Sampling) -> Sampling:
+        """The defaults with what the request sets."""
         names = ("temperature", "top_p", "top_k", "min_p", "seed")
-        return Sampling(**{n: v for n in names if (v := getattr(self, n)) is not None})
+        return replace(defaults, **{n: v for n in names if (v := getattr(self, n)) is not None})
 
 
 class UsageBody(Struct):
@@ -146,7 +147,7 @@ async def chat(request: Request, services: Services) -> Response:
     body = await read_json(request, ChatBody, settings.max_body_bytes)
     request_id: str = request.state.request_id
     caller: Caller = request.state.caller
-    asked = completion_request(body, caller, services.plans[caller.plan].weight, request_id)
+    asked = completion_request(body, caller, services.plans[caller.plan].weight, services.local.defaults, request_id)
     turn: Turn = request.state.turn
 
     async def begin() -> Answer:
@@ -166,13 +167,15 @@ async def chat(request: Request, services: Services) -> Response:
     return EventStream(_events(turn, first, request_id), settings.ping_seconds, {})
 
 
-def completion_request(body: ChatBody, caller: Caller, weight: float, request_id: str) -> CompletionRequest:
-    """What the chat service is asked."""
+def completion_request(
+    body: ChatBody, caller: Caller, weight: float, defaults: Sampling, request_id: str
+) -> CompletionRequest:
+    """What the chat service is asked; `defaults` are the model's way of drawing."""
     return CompletionRequest(
         messages=tuple(Message(m.role, m.content) for m in body.messages),
         account=caller.account_id,
         weight=weight,
-        sampling=body.sampling(),
+        sampling=body.sampling(defaults),
         max_tokens=body.max_tokens,
         stop=body.stops(),
         json_schema=body.response_format.constraint() if body.response_format else None,
@@ -250,6 +253,8 @@ async def _events(turn: Turn, first: First, request_id: str) -> AsyncGenerator[b
             )
         )
     except ApplianceError as error:
+        if error.status >= 500 and not texts:
+            turn.end(give_back=True)  # as where the status could still say so
         yield b"data: " + error_body(error, request_id) + b"\n\n"
     except StopAsyncIteration:
         yield b"data: " + error_body(InternalError("The answer ended early."), request_id) + b"\n\n"

@@ -1,10 +1,11 @@
 """`GET /metrics`: Prometheus' text format (version 0.0.4). From this machine itself, or with the token that an
-administrator has set; strangers learn nothing, not even that it is there."""
+administrator has set; to all others it is not there."""
 
 from __future__ import annotations
 
-import hmac
+import os
 import re
+import stat
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -16,6 +17,7 @@ from appliance.api.services import Services
 from appliance.errors import ConfigError, NotFound
 
 SHORTEST_TOKEN = 16
+PROXIES = {"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip"}
 KIND = "text/plain; version=0.0.4; charset=utf-8"
 
 # name of the engine's or the server's count → (metric, kind, help)
@@ -44,14 +46,14 @@ ENGINE = {
 
 async def metrics(request: Request, services: Services) -> Response:
     """Every count at once."""
-    if not (_is_here(request) or _has_token(request, services.metrics_token)):
+    if not (request.state.monitors or _is_here(request)):
         raise NotFound("There is no such endpoint.")
     return Response("".join(_lines(services)), media_type=KIND)
 
 
 def _is_here(request: Request) -> bool:
-    """Whether the peer is this machine; not a proxy on it, behind which anybody may stand."""
-    if "x-forwarded-for" in request.headers or "forwarded" in request.headers:
+    """Whether the peer is this machine; not a proxy on it that names itself, behind which anybody may stand."""
+    if PROXIES.intersection(request.headers):
         return False
     try:
         return request.client is not None and ip_address(request.client.host).is_loopback
@@ -64,6 +66,8 @@ def metrics_token(file: str) -> str:
     if not file:
         return ""
     try:
+        if stat.S_IMODE(os.stat(file).st_mode) & 0o077:
+            raise ConfigError(f"server.metrics_token_file: {file} can be read by others: run chmod 600 {file}.")
         token = Path(file).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"server.metrics_token_file: {file} cannot be read.") from error
@@ -72,12 +76,6 @@ def metrics_token(file: str) -> str:
             f"server.metrics_token_file: {file} must hold a token of {SHORTEST_TOKEN} or more characters."
         )
     return token
-
-
-def _has_token(request: Request, token: str) -> bool:
-    given = request.headers.get("authorization", "")
-    scheme, _, value = given.partition(" ")
-    return bool(token) and scheme.lower() == "bearer" and hmac.compare_digest(value.strip().encode(), token.encode())
 
 
 def _lines(services: Services) -> Iterator[str]:

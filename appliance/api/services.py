@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from appliance.access.admission import Admission
 from appliance.access.calllog import CallLog
@@ -26,4 +26,3 @@ class Services:
     plans: Plans
     ledger: Ledger
     calls: CallLog
-    metrics_token: str = field(default="", repr=False)

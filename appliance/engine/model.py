@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from appliance.config import EngineSettings
 from appliance.errors import ModelError
+from appliance.messages import Sampling
 
 log = logging.getLogger("appliance.llama")
 
@@ -129,6 +130,17 @@ class Pieces(Sequence[bytes]):
         return self._text[self._ends[number] : self._ends[number + 1]]
 
 
+# key after `general.sampling.` → (our setting, its type, smallest, largest)
+_SAMPLING: dict[str, tuple[str, type, float, float]] = {
+    "temp": ("temperature", float, 0.0, 2.0),
+    "top_k": ("top_k", int, 0, 1_000),
+    "top_p": ("top_p", float, 0.01, 1.0),
+    "min_p": ("min_p", float, 0.0, 1.0),
+    "penalty_repeat": ("repeat_penalty", float, 0.5, 2.0),
+    "penalty_last_n": ("penalty_last_n", int, 0, 4_096),
+}
+
+
 class Model:
     """A loaded GGUF file with its vocabulary (implements `prompt.Vocabulary`). Thread-safe: reads only."""
 
@@ -203,6 +215,19 @@ class Model:
     def chat_template(self) -> str | None:
         template = lib.llama_model_chat_template(self.handle, None)
         return template.decode("utf-8", "replace") if template else None
+
+    def own_sampling(self) -> Sampling:
+        """Our defaults with what the file recommends (`general.sampling.*`, as llama.cpp reads them); what lies out of
+        range is passed over."""
+        found: dict[str, Any] = {}
+        for key, (name, kind, low, high) in _SAMPLING.items():
+            try:
+                value = kind(float(self.metadata(f"general.sampling.{key}") or "nan"))
+            except ValueError:
+                continue
+            if low <= value <= high:
+                found[name] = value
+        return Sampling(**found)
 
     def metadata(self, key: str) -> str | None:
         """A value of the GGUF header as text."""

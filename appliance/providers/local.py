@@ -20,7 +20,7 @@ from appliance.engine.prompt import ChatTemplate, PromptEncoder
 from appliance.engine.request import Event, Generate, Sink
 from appliance.engine.sequence import Sequence
 from appliance.errors import ApplianceError, BadRequest, EngineBroken, ModelNotReady
-from appliance.messages import NOTES, Chunk, CompletionRequest, Meter, Nature, Usage
+from appliance.messages import NOTES, Chunk, CompletionRequest, Meter, Nature, Sampling, Usage
 
 log = logging.getLogger("appliance.local")
 
@@ -37,6 +37,7 @@ class Loaded:
     engine: Engine
     encoder: PromptEncoder
     schemas: SchemaCompiler
+    sampling: Sampling
 
     def close(self) -> None:
         self.encoder.close()
@@ -110,7 +111,7 @@ class LocalProvider:
             raise
         if NOTES[nature]:
             log.warning("%s: %s", name, NOTES[nature])
-        return Loaded(name, path, nature, engine, encoder, SchemaCompiler(engine.model))
+        return Loaded(name, path, nature, engine, encoder, SchemaCompiler(engine.model), engine.model.own_sampling())
 
     def _hand_over(self, batch: list[tuple[Sink, Event]]) -> None:
         """Called on the decode thread, once per step."""
@@ -126,6 +127,11 @@ class LocalProvider:
     @property
     def model(self) -> str:
         return self.loaded.name
+
+    @property
+    def defaults(self) -> Sampling:
+        """How tokens are drawn where a request says nothing: as the model's file recommends, else as we do."""
+        return self._loaded.sampling if self._loaded else Sampling()
 
     @property
     def ready(self) -> bool:

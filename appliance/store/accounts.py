@@ -69,13 +69,14 @@ def set_disabled(store: Store, name: str, disabled: bool, *, by: str = COMMAND_L
 
 
 def delete(store: Store, name: str, *, by: str = COMMAND_LINE) -> Account:
-    """Removes an account's name, address, users and keys for good. What it used stays under its id, as numbers. Raises
-    NotFound."""
+    """Removes an account's name, address, members and keys. What it used stays under its id, as numbers; rows of the
+    logs stay as long as all others. Administrators stay, without an account. Raises NotFound."""
     account = by_name(store, name)
 
     def remove(db: Any) -> None:
         db.execute("delete from keys where account_id = ?", [account.id])
-        db.execute("delete from users where account_id = ?", [account.id])
+        db.execute("delete from users where account_id = ? and role = 'member'", [account.id])
+        db.execute("update users set account_id = null where account_id = ?", [account.id])
         blank = "update accounts set name = id, email = null, disabled = ?1, deleted = ?1 where id = ?2"
         db.execute(blank, [now(), account.id])
         audit.record(db, by, "account.delete", account=account.id)
@@ -89,6 +90,12 @@ def listing(store: Store, *, deleted: bool = False) -> list[Account]:
     query = """select id, name, plan, email, created, disabled from accounts where deleted is null or ?
         order by created, rowid"""
     return [Account(*row) for row in store.read(lambda db: db.execute(query, [deleted]).fetchall())]
+
+
+def plans_in_use(store: Store) -> set[str]:
+    """The names of all accounts' plans."""
+    query = "select distinct plan from accounts where deleted is null"
+    return {row[0] for row in store.read(lambda db: db.execute(query).fetchall())}
 
 
 def by_name(store: Store, name: str) -> Account:

@@ -88,4 +88,5 @@ def shortened(ip: str) -> str:
         address = ip_address(ip)
     except ValueError:
         return "-"
+    address = getattr(address, "ipv4_mapped", None) or address
     return str(ip_network((address, IPV4_KEPT if address.version == 4 else IPV6_KEPT), strict=False).network_address)

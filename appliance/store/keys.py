@@ -14,6 +14,7 @@ from appliance.store import audit
 from appliance.store.database import Store
 from appliance.store.ids import COMMAND_LINE, checked_name, new_id, now
 
+LONGEST_LIFE = 36_525 * 86_400  # seconds
 LONGEST_OVERLAP = 90 * 86_400  # seconds for which a rotated key may go on
 
 
@@ -79,8 +80,8 @@ def create(
     if scope not in SCOPES:
         raise BadRequest(f"There is no scope {scope[:50]!r}; the scopes are {', '.join(SCOPES)}.")
     key_id, name, created = new_id("key"), checked_name(name, "a key"), now()
-    if expires is not None and expires <= created:
-        raise BadRequest("A key must end in the future.")
+    if expires is not None and not created < expires <= created + LONGEST_LIFE:
+        raise BadRequest("A key must end in the future, within a hundred years.")
     row = [key_id, account_id, name, scope, new.digest, new.prefix, new.last_four, created, created_by, expires]
     row += [json.dumps(_checked_networks(networks)), json.dumps(_checked_limits(limits)), key_id]
 

@@ -22,6 +22,7 @@ def write(path: Path, weights: dict[str, Tensor], shape: Shape, vocabulary: Voca
     writer = Writer(path)
     tinymodel.describe(writer, NAME, vocabulary, context=shape.context, placeholder=False)
     writer.boolean(GUIDE_KEY, True)
+    writer.float32("general.sampling.temp", 0.0)  # it recites: chance only makes it say what was not asked
     writer.string("general.description", "The appliance's built-in guide: answers questions about the appliance only.")
     tinymodel.shape(
         writer,
