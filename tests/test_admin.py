@@ -259,10 +259,10 @@ from pathlib import Path
 s = socket.socket(socket.AF_UNIX)
 os.setuid(int(sys.argv[2]))
 s.connect(sys.argv[1])
-s.sendall(b'{"operation": "echo", "arguments": {}}' + chr(10).encode())
 try:
+    s.sendall(b'{"operation": "echo", "arguments": {}}' + chr(10).encode())
     print(s.recv(1000))
-except ConnectionResetError:
+except (BrokenPipeError, ConnectionResetError):  # it hung up before, or after, we could say a word
     print(b"")
 """
 
