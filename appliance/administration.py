@@ -43,9 +43,8 @@ class Administration:
     catalog: Catalog
     keyring: KeyRing
     plans: Plans  # the settings'
-    plan_names: threading.Lock = field(
-        default_factory=threading.Lock
-    )  # held while an account is given one, and by reload
+    # held while an account is given a plan, and while the plans change, so that none has a plan that is gone
+    plan_names: threading.Lock = field(default_factory=threading.Lock)
 
     def reload_keys(self) -> None:
         """The keyring holds what the store says."""

@@ -154,6 +154,7 @@ async def bare(run: Run) -> AsyncIterator[tuple[Target, Child]]:
 
 async def gate(run: Run) -> None:
     """A small authenticated GET with every layer and its committed charge, beside a bare route."""
+    before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {CLIENT_CORE})
     try:
         async with bare(run) as (plain, process), run.ours(SMALL) as server:
@@ -168,7 +169,7 @@ async def gate(run: Run) -> None:
                 "gate, one call", {"ours": _of(median, ours, USAGE), "bare": _of(median, plain, small)}
             )
     finally:
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        os.sched_setaffinity(0, before)
     row = Row("gate", "small authenticated GET, charge committed", "1/s", goal=Goal(0.4))
     run.add(compared(row, rates["ours"], rates["bare"], "bare route"))
     added = tuple(1e3 * (a - b) for a, b in zip(medians["ours"], medians["bare"], strict=True))
@@ -234,6 +235,7 @@ def fill(data_dir: Path) -> None:
 async def scale(run: Run) -> None:
     """A call beside ten million others in the log, ten thousand accounts and fifty thousand keys; and while these are
     purged. Then a steady load for a minute."""
+    before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {CLIENT_CORE})
     try:
         async with run.ours(SMALL) as server:
@@ -252,7 +254,7 @@ async def scale(run: Run) -> None:
             _all_good([connection])
             full = [await median(server.target, USAGE) for _ in range(run.rounds)]
     finally:
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        os.sched_setaffinity(0, before)
     row = Row("scale", f"a call's median with {CALLS:,} calls in the log", "ms", goal=Goal(1.2, at_least=False))
     run.add(compared(row, [1e3 * x for x in full], [1e3 * x for x in empty], "empty"))
     run.add(_alone("start, model included", "s", ready, 3.0))
