@@ -184,12 +184,12 @@ class Administration:
     def calls_latest(self, most: int, account: str | None = None) -> list[dict[str, Any]]:
         """The newest rows of the log of calls, oldest first."""
         account_id = accounts.by_name(self.store, account).id if account else None
-        return [{"number": n, **asdict(row)} for n, row in calls.latest(self.store, min(most, PAGE), account_id)]
+        return [{"number": n, **row._asdict()} for n, row in calls.latest(self.store, min(most, PAGE), account_id)]
 
     def calls_after(self, after: int, account: str | None = None) -> list[dict[str, Any]]:
         """The next rows of the log of calls beyond number `after`, a page of them."""
         account_id = accounts.by_name(self.store, account).id if account else None
-        return [{"number": n, **asdict(row)} for n, row in calls.after(self.store, after, PAGE, account_id)]
+        return [{"number": n, **row._asdict()} for n, row in calls.after(self.store, after, PAGE, account_id)]
 
     def key_list(self) -> list[dict[str, Any]]:
         return [asdict(k) for k in keys.listing(self.store)]

@@ -7,6 +7,7 @@ exit code.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -22,8 +23,6 @@ from typing import Any
 
 import msgspec
 import uvloop
-from starlette.requests import Request
-from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from appliance import admin, logs, server
@@ -36,7 +35,7 @@ from appliance.access.terms import Tariff
 from appliance.administration import Administration, perform, served_model
 from appliance.api.access_log import AccessLog
 from appliance.api.auth import Auth
-from appliance.api.endpoints import routes
+from appliance.api.endpoints import Routes
 from appliance.api.gate import Gate
 from appliance.api.guard import Guard
 from appliance.api.hosts import Hosts
@@ -54,7 +53,6 @@ from appliance.errors import (
     Draining,
     EngineBroken,
     ModelError,
-    NotFound,
 )
 from appliance.messages import CompletionRequest, Message, Role, Sampling
 from appliance.providers.local import LocalProvider
@@ -68,6 +66,7 @@ AT_ONCE = ("plans", "limits", "retention")  # sections that a running server fol
 VALID_SECONDS = 0.5  # between two looks for running calls whose key is valid no longer
 FORGET_SECONDS = 600.0  # between two looks for callers who have been gone for long
 CLOSE_SECONDS = 0.8  # for unloading the model at the end
+YOUNG_OBJECTS = 20_000  # between two collections: a call makes hundreds of objects, and almost no circles of them
 SWITCH_SECONDS = 0.0005  # the decode thread waits this long at most until the event loop gives the interpreter back
 
 
@@ -76,8 +75,7 @@ class Appliance:
 
     def __init__(self, services: Services, keyring: KeyRing, gate: Gate, metrics_token: str) -> None:
         self.draining = False
-        app: ASGIApp = Router(routes(services, gate), redirect_slashes=False, default=_no_such_endpoint(gate))
-        app = self._drain(app)
+        app = self._drain(Routes(services, gate))
         app = gate.watch(app)
         app = Auth(app, keyring, metrics_token)
         app = Hosts(app, services.config.server)
@@ -100,14 +98,6 @@ class Appliance:
     def drain(self) -> None:
         """From now on only what runs is answered."""
         self.draining = True
-
-
-def _no_such_endpoint(gate: Gate) -> ASGIApp:
-    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
-        gate.refuse(Request(scope))
-        raise NotFound("There is no such endpoint.")
-
-    return refuse
 
 
 class Process:
@@ -239,6 +229,7 @@ class Process:
                 log.exception("the model could not be loaded")
                 self.local.fail("it could not be loaded; the server's log says why")
             else:
+                gc.freeze()  # what a model keeps is there to stay, and need not be looked through again
                 log.info("ready", extra={"model": model.name, "nature": model.nature})
 
     def _without_paths(self, sentence: str) -> str:
@@ -297,10 +288,12 @@ def serve(config: Config, reread: Callable[[], Config]) -> int:
     settings as they are now."""
     logs.configure()
     sys.setswitchinterval(SWITCH_SECONDS)
+    gc.set_threshold(YOUNG_OBJECTS, 20, 50)
     server.tls_context(config.server)  # a certificate that cannot be used ends the start before anything else is done
     with _opened(config) as administration, server.bind(config.server.host, config.server.port) as bound:
         administration.reload_keys()
         process = Process(config, administration, reread)
+        gc.freeze()
         return uvloop.run(process.run(bound))
 
 

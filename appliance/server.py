@@ -253,7 +253,10 @@ class _Connection(HttpToolsProtocol):
         self.refusal: ApplianceError | None = None  # to be said once the answers before it are out
         self.draining = self.finishing = False
         # timers
-        self.deadline: asyncio.TimerHandle | None = None
+        self.due: float | None = (
+            None  # by the loop's clock, when the peer has to have acted; None: it has nothing to do
+        )
+        self.deadline: asyncio.TimerHandle | None = None  # rings then, or earlier
         self.write_deadline: asyncio.TimerHandle | None = None
 
     # life
@@ -496,10 +499,25 @@ class _Connection(HttpToolsProtocol):
     # deadlines and refusals
 
     def _arm(self, seconds: float | None) -> None:
-        """Sets the one deadline for the peer's next act; None: it has nothing to do."""
+        """Sets the one deadline for the peer's next act; None: it has nothing to do. A timer that rings too early is
+        cheaper than a new one for every phase."""
+        self.due = None if seconds is None else self.loop.time() + seconds
+        if self.due is not None and (self.deadline is None or self.deadline.when() > self.due):
+            self._ring_at(self.due)
+
+    def _ring_at(self, when: float) -> None:
         if self.deadline is not None:
             self.deadline.cancel()
-        self.deadline = self.loop.call_later(seconds, self._late) if seconds is not None else None
+        self.deadline = self.loop.call_at(when, self._ring)
+
+    def _ring(self) -> None:
+        self.deadline = None
+        if self.due is None:
+            return
+        if self.loop.time() < self.due:
+            self._ring_at(self.due)
+        else:
+            self._late()
 
     def _late(self) -> None:
         if self.finishing or self.input is _Input.IDLE:
@@ -560,20 +578,33 @@ def _as_ours(error: httptools.HttpParserError) -> ApplianceError:
 
 
 class _Wire(asyncio.Transport):
-    """The transport as an exchange sees it: writes go through, closing is the connection's."""
+    """The transport as an exchange sees it: closing is the connection's, and the head of an answer waits until the end
+    of the event loop's turn for what comes with it, so that small answers are one packet."""
 
     def __init__(self, connection: _Connection) -> None:
         super().__init__()
         self._connection = connection
+        self._held = b""
 
     def is_closing(self) -> bool:
         return self._connection.transport.is_closing()
 
+    def hold(self, head: bytes) -> None:
+        self._held = head
+        self._connection.loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        if self._held:
+            self.write(b"")
+
     def write(self, data: bytes | bytearray | memoryview[Any]) -> None:
-        if not self.is_closing():
+        if self._held:
+            data, self._held = self._held + data, b""
+        if data and not self.is_closing():
             self._connection.transport.write(data)
 
     def close(self) -> None:
+        self.flush()
         self._connection.finish()
 
 
@@ -582,9 +613,10 @@ class _Exchange(RequestResponseCycle):
     other error; an app that breaks is answered in JSON; HTTP/1.0 gets no chunks."""
 
     def __init__(self, connection: _Connection, *, keep_alive: bool) -> None:
+        wire = _Wire(connection)
         super().__init__(
             scope=connection.scope,
-            transport=_Wire(connection),
+            transport=wire,
             flow=connection.flow,
             logger=connection.logger,
             access_logger=connection.access_logger,
@@ -595,8 +627,9 @@ class _Exchange(RequestResponseCycle):
             keep_alive=keep_alive,
             on_response=connection.on_response_complete,
         )
+        self._wire = wire
         self._fault: ApplianceError | None = None
-        self._unframed = False  # the end of the answer is the end of the connection
+        self._left: int | None = None  # bytes of the body that are still to come; None: as many as do
 
     def fail(self, error: ApplianceError) -> None:
         """The rest of the body will not come."""
@@ -610,16 +643,56 @@ class _Exchange(RequestResponseCycle):
         return event
 
     async def send(self, message: ASGISendEvent) -> None:
-        if message["type"] == "http.response.start":
-            if self.waiting_for_100_continue:
-                self.keep_alive = False  # the peer may or may not send its body now
-            if self.scope["http_version"] == "1.0" and b"content-length" not in {n for n, _ in message["headers"]}:
-                self._unframed, self.chunked_encoding = True, False
-        elif message["type"] == "http.response.body" and self._unframed:
-            self.expected_content_length = len(message.get("body", b""))
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
         if self.disconnected:
             await asyncio.sleep(0)  # an app that only sends would never let go of the event loop
-        await super().send(message)
+        elif message["type"] == "http.response.start" and not self.response_started:
+            self._begin(message["status"], list(message.get("headers", ())))
+        elif message["type"] == "http.response.body" and self.response_started and not self.response_complete:
+            self._go_on(message.get("body", b""), message.get("more_body", False))
+        else:
+            raise RuntimeError(f"The app sent {message['type']} at the wrong time.")
+
+    def _begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """The head. How the body ends: after the announced length, by chunks, or (HTTP/1.0) with the connection."""
+        if self.waiting_for_100_continue:
+            self.keep_alive = False  # the peer may or may not send its body now
+        self.response_started, self.waiting_for_100_continue = True, False
+        self.chunked_encoding = False
+        for name, value in headers:
+            if name == b"content-length":
+                self._left = int(value)
+            elif name == b"connection" and b"close" in value.lower():
+                self.keep_alive = False
+        if self.scope["method"] == "HEAD" or status in (204, 304):
+            self._left = 0
+        elif self._left is None and self.scope["http_version"] != "1.0":
+            self.chunked_encoding = True
+            headers.append((b"transfer-encoding", b"chunked"))
+        if not self.keep_alive and (b"connection", b"close") not in headers:
+            headers = [h for h in headers if h[0] != b"connection"] + [(b"connection", b"close")]
+        lines = b"".join([b"%b: %b\r\n" % header for header in (*self.default_headers, *headers)])
+        if lines.count(b"\n") + lines.count(b"\r") != 2 * (len(self.default_headers) + len(headers)) or b"\0" in lines:
+            raise RuntimeError("A header of the answer holds control characters.")
+        self._wire.hold(STATUS_LINE[status] + lines + b"\r\n")
+
+    def _go_on(self, body: bytes, more: bool) -> None:
+        if self.scope["method"] == "HEAD":
+            body = b""
+        elif self._left is not None:
+            self._left -= len(body)
+            if self._left < 0 or (self._left and not more):
+                raise RuntimeError("The answer's body is not as long as was announced.")
+        elif self.chunked_encoding:
+            body = (b"%x\r\n%b\r\n" % (len(body), body) if body else b"") + (b"" if more else b"0\r\n\r\n")
+        self._wire.write(body)
+        if not more:
+            self.response_complete = True
+            self.message_event.set()
+            if not self.keep_alive:
+                self._wire.close()
+            self.on_response()
 
     async def run_asgi(self, app: ASGI3Application) -> None:
         try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import json
-import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from appliance import errors
+from appliance import errors, logs
 from appliance.api.access_log import AccessLog
 from appliance.api.guard import Guard
 from appliance.errors import ApplianceError
@@ -184,10 +185,18 @@ def test_cancellation_passes() -> None:
 # the access log
 
 
-def access_line(caplog: pytest.LogCaptureFixture) -> dict[str, Any]:
-    (record,) = [r for r in caplog.records if r.name == "appliance.access"]
-    assert "canary" not in str(vars(record))
-    return vars(record)
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, list[Message]]]:
+    """Does a request: its one line, and its answer."""
+
+    def request(app: ASGIApp, **about: Any) -> tuple[Any, list[Message]]:
+        monkeypatch.setattr(logs, "out", io.BytesIO())
+        sent = call(app, **about)
+        (line,) = logs.out.getvalue().splitlines()  # type: ignore[union-attr]
+        assert b'"logger":"appliance.access"' in line and b"canary" not in line
+        return json.loads(line), sent
+
+    return request
 
 
 def answering(act: Callable[[Scope], None]) -> ASGIApp:
@@ -204,26 +213,37 @@ def given_id(inbound: bytes) -> str:
     return headers_of(call(answering(lambda scope: None), headers=((b"x-request-id", inbound),)))["x-request-id"]
 
 
-def test_a_request_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-
+def test_a_request_is_one_line(logged: Callable[..., Any]) -> None:
     def act(scope: Scope) -> None:
         scope["state"]["caller"] = Caller("a1", "canary-name", "community", "k1", "llm")
         scope["state"]["endpoint"] = "/llm/chat"
 
-    call(answering(act), path="/llm/canary", headers=((b"x-request-id", b"mine-1"), (b"x-other", b"canary")))
-    line = access_line(caplog)
+    headers = ((b"x-request-id", b"mine-1"), (b"x-other", b"canary"))
+    line, _ = logged(answering(act), path="/llm/canary", headers=headers)
     fields = [line[name] for name in ("method", "endpoint", "status", "ip", "request_id", "key")]
     assert fields == ["POST", "/llm/chat", 200, "192.0.2.1", "mine-1", "k1"]
     assert 0 <= line["ms"] < 1_000
 
 
 @pytest.mark.parametrize("error", [ClientDisconnect(), errors.NotFound("No."), RuntimeError("x")])
-def test_failures_are_logged_with_their_status(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    sent = call(raising(error))
-    assert access_line(caplog)["status"] == (sent[0]["status"] if sent else 499)
+def test_failures_are_logged_with_their_status(error: Exception, logged: Callable[..., Any]) -> None:
+    line, sent = logged(raising(error))
+    assert line["status"] == (sent[0]["status"] if sent else 499)
     assert bool(sent) != isinstance(error, ClientDisconnect)  # nobody is there to be told
+
+
+def test_a_full_disk_or_a_reader_that_is_gone_costs_the_line_and_not_the_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Full(io.RawIOBase):
+        tried = 0
+
+        def write(self, data: Any) -> int:
+            self.tried += 1
+            raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(logs, "out", full := Full())
+    assert call(answering(lambda scope: None))[0]["status"] == 200 and full.tried == 1
 
 
 @pytest.mark.parametrize("inbound", [b"", b"a b", b"x" * 65, b'"', b"a\xff", "\u00e4".encode()])

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,16 @@ def written(store: Store, *rows: Row) -> None:
 
 
 def test_the_newest_come_last_and_the_next_ones_follow(store: Store) -> None:
-    written(store, *(replace(ROW, request_id=f"r{n}", account_id=f"acc_{n % 2}") for n in range(6)))
+    written(store, *(ROW._replace(request_id=f"r{n}", account_id=f"acc_{n % 2}") for n in range(6)))
     assert [row.request_id for _, row in calls.latest(store, 2)] == ["r4", "r5"]
     assert [row.request_id for _, row in calls.latest(store, 2, "acc_0")] == ["r2", "r4"]
     [(number, row)] = calls.after(store, 2, 1)
-    assert (number, row.request_id) == (3, "r2") and row == replace(ROW, request_id="r2", account_id="acc_0")
+    assert (number, row.request_id) == (3, "r2") and row == ROW._replace(request_id="r2", account_id="acc_0")
     assert [row.request_id for _, row in calls.after(store, 3, 9, "acc_1")] == ["r3", "r5"]
 
 
 def test_addresses_are_shortened_and_rows_go_by_age_a_portion_at_a_time(store: Store) -> None:
-    old, middle, fresh = (replace(ROW, at=NOW - days * DAY) for days in (401, 31, 1))
+    old, middle, fresh = (ROW._replace(at=NOW - days * DAY) for days in (401, 31, 1))
     written(store, *[old] * (PORTION + 1), middle, fresh)
     kept = [len(calls.latest(store, 10_000))]
     while calls.purge(store, NOW, ip_days=30, call_days=400):
@@ -86,7 +85,7 @@ def test_rows_wait_while_the_store_is_closed_and_the_oldest_are_lost_first(store
         door = Closed(store)
         log = CallLog(door, RetentionSettings)  # type: ignore[arg-type]
         for n in range(MOST + 5):
-            log.add(replace(ROW, request_id=f"r{n}"))
+            log.add(ROW._replace(request_id=f"r{n}"))
         assert log.lost == 5
         await log.flush()
         assert calls.latest(store, 1) == [], "the control"
@@ -102,8 +101,8 @@ def test_rows_wait_while_the_store_is_closed_and_the_oldest_are_lost_first(store
 def test_refusals_of_strangers_are_counted_and_not_kept(store: Store) -> None:
     async def scenario() -> CallLog:
         log = CallLog(store, RetentionSettings)
-        log.add(replace(ROW, status=429, key_id=None, account_id=None))
-        log.add(replace(ROW, status=429))
+        log.add(ROW._replace(status=429, key_id=None, account_id=None))
+        log.add(ROW._replace(status=429))
         await log.flush()
         return log
 

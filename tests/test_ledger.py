@@ -163,14 +163,48 @@ async def test_a_charge_that_is_being_written_when_the_end_comes_is_written_once
 
 
 @looped
-async def test_a_faulty_write_holds_up_nobody(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_row_that_cannot_be_written_holds_up_nobody(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     ledger, windows = Ledger(store), Windows()
-    broken = Call("a", "k1", "/llm/chat", "no time")  # type: ignore[arg-type]
+    broken = CHAT._replace(key_id=2**64)  # type: ignore[arg-type]  # no whole number of SQLite's
     charges = [windows.take([PAYER], NOON) for _ in range(3)]
     await asyncio.gather(*(ledger.charge(c, charge) for c, charge in zip([CHAT, broken, CHAT], charges, strict=True)))
-    assert month(store) == 2 and ledger.owed == 0 and "it is dropped" in caplog.text
+    day = NOON // 86_400 * 86_400
+    assert [t.calls for t in usage.totals(store, "a", day, day)] == [2] and ledger.owed == 0
+    assert month(store) == 3, "its windows are sound"
+    assert caplog.text.count("it is dropped") == 1
     await ledger.charge(CHAT, windows.take([PAYER], NOON))
-    assert month(store) == 3
+    assert month(store) == 4
+
+
+@looped
+async def test_a_call_that_makes_no_sense_changes_nothing(store: Store) -> None:
+    ledger, windows = Ledger(store), Windows()
+    with pytest.raises(ValueError, match="no time"):
+        await ledger.charge(CHAT._replace(at="no time"), windows.take([PAYER], NOON))  # type: ignore[arg-type]
+    await ledger.charge(CHAT, windows.take([PAYER], NOON))
+    assert month(store) == 1 and ledger.owed == 0
+
+
+@looped
+async def test_the_calls_of_one_moment_share_a_transaction(store: Store) -> None:
+    ledger, windows = Ledger(store), Windows()
+    before = store.commits
+    await asyncio.gather(*(ledger.charge(CHAT, windows.take([Payer("a", Limits())], NOON)) for _ in range(100)))
+    assert month(store) == 100 and store.commits - before <= 3
+
+
+@looped
+async def test_once_the_store_answers_again_its_commits_are_waited_for(store: Store) -> None:
+    ledger, windows = Ledger(store, retry_seconds=0.02), Windows()
+    with locked(store):
+        await ledger.charge(CHAT, windows.take([PAYER], NOON))
+        assert month(store) == 0, "the control: nobody waits while it fails"
+    async with asyncio.timeout(5):
+        while ledger.owed:
+            await asyncio.sleep(0.01)
+    for n in range(2, 12):
+        await ledger.charge(CHAT, windows.take([PAYER], NOON))
+        assert month(store) == n
 
 
 @looped

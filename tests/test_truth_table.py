@@ -14,7 +14,6 @@ import httpx
 import pytest
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Router
 
 from appliance.access.admission import Admission, Terms
 from appliance.api import endpoints
@@ -47,7 +46,7 @@ class Stack:
         table = tuple(replace(endpoint, handler=_in) for endpoint in endpoints.ENDPOINTS)
         monkeypatch.setattr(endpoints, "ENDPOINTS", table)
         gate = Gate(Admission(wait_seconds=1.0), None, _nobody_pays)  # type: ignore[arg-type]
-        router = Router(endpoints.routes(None, gate), redirect_slashes=False)  # type: ignore[arg-type]
+        router = endpoints.Routes(None, gate)  # type: ignore[arg-type]
         self.caller: Caller | None = None
         self.paths = [path for endpoint in table for path in (endpoint.path, *endpoint.aliases)]
         self.app = AccessLog(Limits(Guard(self._as(router)), gate.admission, gate.terms_of))
@@ -101,6 +100,7 @@ def test_what_changes_state_is_no_get() -> None:
         "/readyz",
         "/metrics",
         "/api/usage",
+        "/v1/models",
     ]
 
 

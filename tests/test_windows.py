@@ -163,7 +163,7 @@ def test_a_clock_that_is_set_gives_no_second_month(now: str, step: int, restart:
                 assert error.retry_after is not None and error.retry_after >= 1
             else:
                 taken += 1
-                for payer, window, start in charge.rows():
+                for payer, window, start in charge.places:
                     before, calls = kept.get((payer, window), (start, 0))
                     if start >= before:
                         kept[payer, window] = (start, calls * (start == before) + 1)

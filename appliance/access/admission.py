@@ -37,10 +37,14 @@ class Entry:
     charge: Charge | None
     lease: Lease | None = None
     undo: Callable[[], None] | None = None
-    turn: asyncio.Event = field(default_factory=asyncio.Event)
+    turn: asyncio.Event | None = None  # of one that waits
     waited: float = 0.0
     began: float = field(default_factory=time.monotonic)
     ended: bool = False
+
+    def has_turn(self) -> None:
+        if self.turn is not None:
+            self.turn.set()
 
 
 class Admission:
@@ -66,7 +70,7 @@ class Admission:
         """Charges a call, and takes its lease or its place in line. Raises RateLimited or MonthlyLimitReached."""
         entry = Entry(self._take(terms, "") if counts else None)
         if leases and terms.rooms:
-            entry.lease = self.leases.ask(terms.rooms, entry.turn.set)
+            entry.lease = self.leases.ask(terms.rooms, entry.has_turn)
         return entry
 
     def visit(self, terms: Terms) -> None:
@@ -90,7 +94,7 @@ class Admission:
         lease = entry.lease
         if lease is None or lease.is_held:
             return
-        started = time.monotonic()
+        started, entry.turn = time.monotonic(), asyncio.Event()
         try:
             async with asyncio.timeout(self.wait_seconds):
                 await entry.turn.wait()

@@ -1,57 +1,47 @@
 """The ledger: what admission charges in memory, written down so that it outlives the process. Lives on the event loop.
 
-A charge is committed before its call's first byte goes out. Where the disk is full, or another process holds the
-database, calls go on: what could not be written is owed, kept in order, and written as one when it can be again.
-Owns no counts: those are `Windows`'; totals per day are the store's.
+A charge is committed before its call's first byte goes out; the calls that come while a transaction runs are summed up
+and written by the next. Where the disk is full, or another process holds the database, calls go on: what could not be
+written is owed, and written when it can be again. Owns no counts: those are `Windows`'; totals per day are the store's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import islice
-from typing import Any
+from asyncio import Event
 
 from appliance.access.terms import key_payer
 from appliance.access.windows import Charge, Windows
 from appliance.errors import Unavailable
 from appliance.store import usage
 from appliance.store.database import Store
-from appliance.store.usage import Call, Spent
+from appliance.store.usage import Call, Spent, Tally
 
 log = logging.getLogger("appliance.ledger")
 
-COMMIT_SECONDS = 1.0  # a call waits so long for its charge's commit, and goes on then
+COMMIT_SECONDS = 1.0  # a transaction may take so long until its calls go on without it
 RETRY_SECONDS = 1.0
+TOGETHER = 256  # charges; a transaction gathers no more
 CLOSE_SECONDS = 0.8  # for the last attempt
-TOGETHER = 256  # most writes in one transaction
-
-
-@dataclass(eq=False, slots=True)
-class _Write:
-    perform: Callable[[Any], None]
-    settled: asyncio.Event = field(default_factory=asyncio.Event)  # committed, or known to take longer
 
 
 class Ledger:
-    """Writes charges, and what calls took, to the store: one transaction after the other, in the order they came."""
+    """Writes charges, and what calls took, to the store: one transaction after the other."""
 
     def __init__(self, store: Store, *, retry_seconds: float = RETRY_SECONDS) -> None:
         self._store = store
         self._retry_seconds = retry_seconds
-        self._owed: deque[_Write] = deque()
+        self._next, self._settled = Tally(), Event()  # what the next transaction writes; set when nobody need wait
+        self._under_way, self._waiting = Tally(), Event()  # the same of the one that runs
         self._writer: asyncio.Task[None] | None = None
-        self._failing = False
-        self._closing = asyncio.Event()
+        self._late = False  # the store is slow, or cannot be written: nobody waits for it
+        self._closing = Event()
 
     @property
     def owed(self) -> int:
-        """Writes that the store has not taken yet."""
-        return len(self._owed)
+        """Charges and the like that the store has not taken yet."""
+        return self._under_way.entries + self._next.entries
 
     def restore(self, windows: Windows, now: float) -> None:
         """Fills `windows` with what the store remembers; blocks, so it belongs to the start."""
@@ -62,70 +52,94 @@ class Ledger:
 
     async def charge(self, call: Call, charge: Charge) -> None:
         """Commits a call's charge; returns without, when that takes too long or fails: it is owed then."""
-        write = self._owe(partial(usage.charge, call=call, places=charge.rows()))
-        if not self._failing:
-            try:
-                async with asyncio.timeout(COMMIT_SECONDS):
-                    await write.settled.wait()
-            except TimeoutError:
-                log.warning("the store is slow; a call goes on before its charge is written")
+        self._next.charge(call, charge.places)
+        settled = self._settled
+        self._write_soon()
+        if not self._late:
+            await settled.wait()
 
     def take_back(self, call: Call, charge: Charge) -> None:
         """The call does not count after all."""
-        self._owe(partial(usage.charge, call=call, places=charge.rows(), calls=-1))
+        self._next.charge(call, charge.places, calls=-1)
+        self._write_soon()
 
     def spend(self, call: Call, spent: Spent) -> None:
-        """Adds what the call took of a model; rides a later commit."""
-        self._owe(partial(usage.spend, call=call, spent=spent))
+        """Adds what the call took of a model."""
+        self._next.spend(call, spent)
+        self._write_soon()
 
     async def close(self) -> None:
         """One last attempt at what is owed; the rest is lost, and the log says how much."""
         self._closing.set()
         if self._writer is not None:
             await asyncio.wait({self._writer}, timeout=CLOSE_SECONDS)
-        if self._owed:
-            log.error("the store could not be written: %d charges are lost", len(self._owed))
+        if self.owed:
+            log.error("the store could not be written: %d charges are lost", self.owed)
 
-    def _owe(self, perform: Callable[[Any], None]) -> _Write:
-        write = _Write(perform)
-        self._owed.append(write)
+    def _write_soon(self) -> None:
         if self._writer is None or self._writer.done():
-            self._writer = asyncio.get_running_loop().create_task(self._settle())
-        return write
+            self._writer = asyncio.get_running_loop().create_task(self._write_all())
 
-    async def _settle(self) -> None:
+    async def _write_all(self) -> None:
         """Writes until nothing is owed; while the store cannot be written, tries again now and then."""
-        together = TOGETHER
-        while self._owed:
+        while self._next.entries:
+            await self._gather()
             last_attempt = self._closing.is_set()
-            writes = list(islice(self._owed, together))
+            self._under_way, self._next = self._next, Tally()
+            self._waiting, self._settled = self._settled, Event()
             try:
-                await asyncio.wrap_future(self._store.write(partial(_perform, writes)))
+                await self._write(self._under_way)
             except Unavailable:
-                self._fail()
+                self._let_go("the store cannot be written; charges are kept in memory until it can")
+                self._under_way.add(self._next)
+                self._under_way, self._next = Tally(), self._under_way
                 if last_attempt:
                     return
                 await self._pause()
-                continue
-            except Exception:
-                if len(writes) > 1:  # one of them is faulty: the others must not wait for it for ever
-                    together = 1
-                    continue
-                log.exception("a charge cannot be written; it is dropped")
-                together = TOGETHER
-            if self._failing:
-                self._failing = False
-                log.info("the store can be written again")
-            for _ in writes:
-                self._owed.popleft().settled.set()
+            else:
+                self._under_way = Tally()
+                self._waiting.set()
+                if self._late:
+                    self._late, self._settled = False, Event()
+                    log.info("the store can be written again")
 
-    def _fail(self) -> None:
-        """Nobody waits for what cannot be written."""
-        if not self._failing:
-            self._failing = True
-            log.warning("the store cannot be written; charges are kept in memory until it can")
-        for write in self._owed:
-            write.settled.set()
+    async def _gather(self) -> None:
+        """A commit costs as much as many charges: as long as every turn of the event loop brings more, they join."""
+        before = 0
+        while before < self._next.entries < TOGETHER:
+            before = self._next.entries
+            await asyncio.sleep(0)
+
+    async def _write(self, tally: Tally) -> None:
+        """One transaction. Raises Unavailable when the store cannot be written now."""
+        written = asyncio.wrap_future(self._store.write(tally.write))
+        if not (await asyncio.wait({written}, timeout=COMMIT_SECONDS))[0]:
+            self._let_go("the store is slow; calls go on before their charges are written")
+        try:
+            await written
+        except Unavailable:
+            raise
+        except Exception:
+            await self._write_apart(tally)
+
+    async def _write_apart(self, tally: Tally) -> None:
+        """Some row is faulty: the others must not be lost with it. Empties `tally` as far as it comes."""
+        while (part := tally.split_off()) is not None:
+            try:
+                await asyncio.wrap_future(self._store.write(part.write))
+            except Unavailable:
+                tally.add(part)
+                raise
+            except Exception:
+                log.exception("a charge cannot be written; it is dropped")
+
+    def _let_go(self, why: str) -> None:
+        """Nobody waits for a store that is late."""
+        if not self._late:
+            self._late = True
+            log.warning(why)
+        self._waiting.set()
+        self._settled.set()
 
     async def _pause(self) -> None:
         try:
@@ -133,8 +147,3 @@ class Ledger:
                 await self._closing.wait()
         except TimeoutError:
             pass
-
-
-def _perform(writes: list[_Write], db: Any) -> None:
-    for write in writes:
-        write.perform(db)

@@ -20,15 +20,22 @@ class Tariff:
 
     def __init__(self, plans: Mapping[str, Plan], limits: LimitSettings) -> None:
         self.plans = plans
+        self._known: dict[str, tuple[Caller, Plan, Terms]] = {}  # by key; those of revoked ones do no harm
         self.limits = limits
 
     def __call__(self, caller: Caller | None, ip: str, *, wrong_key: bool = False) -> Terms:
         """Callers by their plans, strangers by their addresses."""
-        return self._of_caller(caller) if caller is not None else self._of_stranger(ip, wrong_key)
+        if caller is None:
+            return self._of_stranger(ip, wrong_key)
+        plan = self.plans[caller.plan]
+        known = self._known.get(caller.key_id)
+        if known is None or known[0] is not caller or known[1] is not plan:
+            known = self._known[caller.key_id] = (caller, plan, self._of_caller(caller, plan))
+        return known[2]
 
-    def _of_caller(self, caller: Caller) -> Terms:
+    def _of_caller(self, caller: Caller, plan: Plan) -> Terms:
         """The account pays for every call, and so does the key where it has limits of its own."""
-        plan, own = self.plans[caller.plan], caller.limits
+        own = caller.limits
         account, key = caller.account_id, key_payer(caller.lineage or caller.key_id)
         payers = [Payer(account, Limits(plan.per_minute, plan.per_hour, plan.per_month))]
         rooms = [Room(account, plan.concurrent)]

@@ -15,7 +15,6 @@ import calendar
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from appliance.errors import MonthlyLimitReached, RateLimited
@@ -46,8 +45,7 @@ class Payer(NamedTuple):
     tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """One window of one payer as headers show it."""
 
     window: str
@@ -57,32 +55,23 @@ class View:
     nearly: bool  # most of the payer's month is used
 
 
-@dataclass(frozen=True, slots=True)
-class Charge:
+class Charge(NamedTuple):
     """A place taken in every window, to be given back as a whole, and the view of that moment."""
 
-    payers: tuple[str, ...]
-    starts: tuple[tuple[int, ...], ...]  # per payer, of its windows when it was taken
+    places: list[tuple[str, str, int]]  # (payer, window, its start when it was taken)
     view: View | None
-
-    def rows(self) -> list[tuple[str, str, int]]:
-        """(payer, window, its start) of every place, as a store keeps it."""
-        return [
-            (payer, name, start)
-            for payer, starts in zip(self.payers, self.starts, strict=True)
-            for name, start in zip(NAMES, starts, strict=True)
-        ]
 
 
 class _Counts:
     """What one payer has used of its current windows."""
 
-    __slots__ = ("day", "ends", "longest", "starts", "tokens", "used")
+    __slots__ = ("day", "ends", "limits", "longest", "starts", "tokens", "used")
 
     def __init__(self) -> None:
         self.starts = [0, 0, 0]
         self.ends = [0, 0, 0]
         self.used = [0, 0, 0]
+        self.limits: Limits | None = None  # as they last came
         self.longest = 0  # place of the longest window that was limited
         self.day = 0  # number of the day whose tokens are counted; it never goes back
         self.tokens = 0
@@ -111,31 +100,20 @@ class Windows:
     def take(self, payers: Sequence[Payer], now: float) -> Charge:
         """Charges one call to all `payers`. Raises RateLimited or MonthlyLimitReached, and charges nobody."""
         counts = [self._current(payer, now) for payer in payers]
-        full = [
-            (counted.ends[i], NAMES[i])
-            for payer, counted in zip(payers, counts, strict=True)
-            for i, limit in enumerate(payer.limits)
-            if limit is not None and counted.used[i] >= limit
-        ]
-        full += [
-            ((counted.day + 1) * DAY, "day")
-            for payer, counted in zip(payers, counts, strict=True)
-            if payer.tokens is not None and counted.tokens >= payer.tokens
-        ]
-        if full:
-            raise _refusal(full, now)
-        for counted in counts:
+        if any(map(_is_full, payers, counts)):
+            raise _refusal(payers, counts, now)
+        places = []
+        for payer, counted in zip(payers, counts, strict=True):
             counted.used = [n + 1 for n in counted.used]
-        starts = tuple(tuple(counted.starts) for counted in counts)
-        return Charge(tuple(payer.id for payer in payers), starts, self.view(payers, now))
+            places += [(payer.id, name, start) for name, start in zip(NAMES, counted.starts, strict=True)]
+        return Charge(places, _tightest(payers, counts, refused=False))
 
     def give_back(self, charge: Charge) -> None:
         """Takes a charge off again, where its windows still run; at most once per charge is the caller's business."""
-        for payer, starts in zip(charge.payers, charge.starts, strict=True):
-            counted = self._payers.get(payer)
-            for i, start in enumerate(starts):
-                if counted and counted.starts[i] == start and counted.used[i]:
-                    counted.used[i] -= 1
+        for payer, window, start in charge.places:
+            counted, i = self._payers.get(payer), NAMES.index(window)
+            if counted and counted.starts[i] == start and counted.used[i]:
+                counted.used[i] -= 1
 
     def spend(self, payers: Iterable[Payer], tokens: int, now: float) -> None:
         """Adds what a call took to the day of those whose tokens are limited."""
@@ -147,28 +125,7 @@ class Windows:
         """The window with the smallest share left, of equals the shorter (after a refusal the longer, for which the
         caller has to wait); None where nothing is limited."""
         payers = list(payers)
-        counts = [self._current(payer, now) for payer in payers]
-        nearly = any(_nearly(payer.limits, counted) for payer, counted in zip(payers, counts, strict=True))
-        tightest: tuple[float, float] | None = None
-        shown: View | None = None
-        for payer, counted in zip(payers, counts, strict=True):
-            for i, limit in enumerate(payer.limits):
-                if limit is None:
-                    continue
-                left = max(0, limit - counted.used[i])
-                rank = (left / limit if limit else 0.0, -i if refused else i)
-                if tightest is None or rank < tightest:
-                    tightest = rank
-                    shown = View(NAMES[i], limit, left, counted.ends[i], nearly)
-            if (
-                refused
-                and payer.tokens is not None
-                and counted.tokens >= payer.tokens
-                and (0.0, DAYS_RANK) < (tightest or (1.0, 0))
-            ):
-                tightest = (0.0, DAYS_RANK)
-                shown = View("day", payer.tokens, 0, (counted.day + 1) * DAY, nearly)
-        return shown
+        return _tightest(payers, [self._current(payer, now) for payer in payers], refused=refused)
 
     def used(self, payer: str, now: float) -> dict[str, int]:
         """Calls in each current window."""
@@ -200,9 +157,9 @@ class Windows:
         if counted is None:
             counted = self._payers[payer.id] = _Counts()
         counted.roll(now)
-        for i, limit in enumerate(payer.limits):
-            if limit is not None and i > counted.longest:
-                counted.longest = i
+        if counted.limits is not payer.limits:  # new, or changed: the longest that ever was limited is remembered
+            counted.limits = payer.limits
+            counted.longest = max([counted.longest, *(i for i, limit in enumerate(payer.limits) if limit is not None)])
         return counted
 
 
@@ -221,12 +178,46 @@ def _month(year: int, month: int) -> int:
     return calendar.timegm((year, month, 1, 0, 0, 0))
 
 
-def _nearly(limits: Limits, counted: _Counts) -> bool:
-    return limits.month is not None and counted.used[MONTH] >= NEARLY * limits.month
+def _is_full(payer: Payer, counted: _Counts) -> bool:
+    for limit, used in zip(payer.limits, counted.used, strict=True):
+        if limit is not None and used >= limit:
+            return True
+    return payer.tokens is not None and counted.tokens >= payer.tokens
 
 
-def _refusal(full: Sequence[tuple[int, str]], now: float) -> RateLimited | MonthlyLimitReached:
+def _tightest(payers: Sequence[Payer], counts: Sequence[_Counts], *, refused: bool) -> View | None:
+    """See `Windows.view`."""
+    rank: tuple[float, float] | None = None
+    shown: tuple[str, int, int, int] | None = None
+    nearly = False
+    for payer, counted in zip(payers, counts, strict=True):
+        month = payer.limits.month
+        nearly = nearly or (month is not None and counted.used[MONTH] >= NEARLY * month)
+        for i, limit in enumerate(payer.limits):
+            if limit is not None:
+                left = max(0, limit - counted.used[i])
+                this = (left / limit if limit else 0.0, -i if refused else i)
+                if rank is None or this < rank:
+                    rank, shown = this, (NAMES[i], limit, left, counted.ends[i])
+        if refused and payer.tokens is not None and counted.tokens >= payer.tokens:
+            if rank is None or (0.0, DAYS_RANK) < rank:
+                rank, shown = (0.0, DAYS_RANK), ("day", payer.tokens, 0, (counted.day + 1) * DAY)
+    return View(*shown, nearly) if shown is not None else None
+
+
+def _refusal(payers: Sequence[Payer], counts: Sequence[_Counts], now: float) -> RateLimited | MonthlyLimitReached:
     """By the window that takes longest, so that a call after it succeeds if nobody else calls."""
+    full = [
+        (counted.ends[i], NAMES[i])
+        for payer, counted in zip(payers, counts, strict=True)
+        for i, limit in enumerate(payer.limits)
+        if limit is not None and counted.used[i] >= limit
+    ]
+    full += [
+        ((counted.day + 1) * DAY, "day")
+        for payer, counted in zip(payers, counts, strict=True)
+        if payer.tokens is not None and counted.tokens >= payer.tokens
+    ]
     end, window = max(full)
     after = max(1, math.ceil(end - now))
     what = "tokens" if window == "day" else "calls"

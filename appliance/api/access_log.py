@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import secrets
 import time
@@ -10,10 +9,9 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from appliance import logs
 from appliance.messages import Caller
 from appliance.store.calls import Row
-
-log = logging.getLogger("appliance.access")
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 CLIENT_GONE = 499  # as proxies log an answer that nobody waited for
@@ -55,8 +53,10 @@ def new_request_id() -> str:
 
 def write_line(method: str, endpoint: str, status: int, ip: str, request_id: str, key: str | None, ms: float) -> None:
     """The one line of a request; the server's own refusals, which reach no endpoint, write theirs here too."""
-    fields = {"method": method, "endpoint": endpoint, "status": status, "ip": ip, "request_id": request_id}
-    log.info("request", extra=fields | {"key": key, "ms": ms})
+    logs.write_line(
+        "appliance.access", "request",
+        method=method, endpoint=endpoint, status=status, ip=ip, request_id=request_id, key=key, ms=ms,
+    )  # fmt: skip
 
 
 def _request_id(scope: Scope) -> str:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import compile_path
+from starlette.types import Receive, Send
+from starlette.types import Scope as ASGIScope
 
-from appliance.api import health, llm, metrics, usage
+from appliance.api import health, llm, metrics, openai, usage
 from appliance.api.gate import Gate
 from appliance.api.services import Services
-from appliance.errors import NotFound
+from appliance.errors import MethodNotAllowed, NotFound
 from appliance.messages import Scope
 
 Handler = Callable[[Request, Services], Awaitable[Response]]
@@ -48,33 +50,54 @@ ENDPOINTS = (
     Endpoint("GET", "/readyz", health.readyz, None),
     Endpoint("GET", "/metrics", metrics.metrics, None),
     Endpoint("GET", "/api/usage", usage.own_usage, "full", ("/api/v1/usage",), leases=False),
+    Endpoint("GET", "/v1/models", openai.models, "llm", leases=False),
     Endpoint("POST", "/llm/chat", llm.chat, "llm", under_api("/llm/chat"), queues=True),
 )
 
 
-def routes(services: Services, gate: Gate) -> list[BaseRoute]:
-    """One Starlette route per path; methods of the same path share it, so that a wrong one gets the whole `Allow`."""
-    by_path: dict[str, dict[str, Endpoint]] = defaultdict(dict)
-    for endpoint in ENDPOINTS:
-        for path in (endpoint.path, *endpoint.aliases):
-            by_path[path][endpoint.method] = endpoint
-    return [
-        Route(path, _gated(path, methods, services, gate), methods=list(methods)) for path, methods in by_path.items()
-    ]
+class Routes:
+    """The table as an app: one look-up per call, however long the table; the few paths with parameters by pattern."""
 
+    def __init__(self, services: Services, gate: Gate) -> None:
+        self._services = services
+        self._gate = gate
+        paths: dict[str, dict[str, Endpoint]] = defaultdict(dict)
+        for endpoint in ENDPOINTS:
+            for path in (endpoint.path, *endpoint.aliases):
+                paths[path][endpoint.method] = endpoint
+        self._exact = {path: (path, methods) for path, methods in paths.items() if "{" not in path}
+        self._patterns = [(*compile_path(path), path, methods) for path, methods in paths.items() if "{" in path]
 
-def _gated(
-    path: str, methods: dict[str, Endpoint], services: Services, gate: Gate
-) -> Callable[[Request], Awaitable[Response]]:
-    async def handle(request: Request) -> Response:
-        if b"%" in request.scope["raw_path"]:  # no path of ours needs it, and a proxy's rules may not see through it
-            gate.refuse(request)
-            raise NotFound("There is no such endpoint.")
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive, send)
+        path, endpoint = self._find(request)
         request.state.endpoint = path
-        endpoint = methods["GET" if request.method == "HEAD" else request.method]
-        gate.allow(request, endpoint.scope)
+        self._gate.allow(request, endpoint.scope)
         if endpoint.scope is not None:
-            await gate.enter(request, path, counts=endpoint.counts, leases=endpoint.leases, waits=not endpoint.queues)
-        return await endpoint.handler(request, services)
+            counts, leases, waits = endpoint.counts, endpoint.leases, not endpoint.queues
+            await self._gate.enter(request, path, counts=counts, leases=leases, waits=waits)
+        response = await endpoint.handler(request, self._services)
+        await response(scope, receive, send)
 
-    return handle
+    def _find(self, request: Request) -> tuple[str, Endpoint]:
+        """The row, and under which of its paths. Raises NotFound or MethodNotAllowed, for which strangers pay."""
+        scope = request.scope
+        found = self._exact.get(scope["path"]) or self._match(scope)
+        if found is None or b"%" in scope["raw_path"]:  # no path of ours needs it, and a proxy may not see through it
+            self._gate.refuse(request)
+            raise NotFound("There is no such endpoint.")
+        path, methods = found
+        method = scope["method"]
+        endpoint = methods.get("GET" if method == "HEAD" else method)
+        if endpoint is None:
+            allow = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
+            takes = f"This endpoint does not take {method[:20]}; it takes {allow}."
+            raise MethodNotAllowed(takes, headers={"Allow": allow})
+        return path, endpoint
+
+    def _match(self, scope: ASGIScope) -> tuple[str, dict[str, Endpoint]] | None:
+        for pattern, _, convertors, path, methods in self._patterns:
+            if match := pattern.match(scope["path"]):
+                scope["path_params"] = {name: convertors[name].convert(v) for name, v in match.groupdict().items()}
+                return path, methods
+        return None

@@ -7,7 +7,6 @@ that keys cannot be guessed; a valid key is never asked about its neighbours at 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 from starlette.requests import Request
@@ -69,7 +68,7 @@ class Gate:
         if caller is None:
             return
         entry = turn.reserve(counts=counts, leases=leases)
-        if entry.charge is not None and entry.charge.payers:
+        if entry.charge is not None and entry.charge.places:
             call = Call(caller.account_id, caller.key_id, path, self.admission.now())
             turn.record = partial(self._spend, call)
             entry.undo = partial(self._ledger.take_back, call, entry.charge)
@@ -79,4 +78,4 @@ class Gate:
 
     def _spend(self, call: Call, spent: Spent) -> None:
         """Tokens belong to the day on which the call ends, as in the windows."""
-        self._ledger.spend(replace(call, at=self.admission.now()), spent)
+        self._ledger.spend(call._replace(at=self.admission.now()), spent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -26,6 +27,7 @@ class Hosts:
         public = urlsplit(settings.public_url).hostname
         names = ["localhost", own, short, f"{short}.local", settings.host, public, *settings.allowed_hosts]
         self._accepted = frozenset(_bare(name) for name in names if name)
+        self._fault = lru_cache(maxsize=128)(self._find_fault)  # a client names the same one every time
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -35,12 +37,18 @@ class Hosts:
     def _check(self, values: list[bytes]) -> None:
         if len(values) != 1:
             raise BadRequest("The request needs exactly one Host header.")
-        match = _HOST.fullmatch(values[0].decode("latin-1"))
+        if fault := self._fault(values[0]):
+            raise BadRequest(fault)
+
+    def _find_fault(self, value: bytes) -> str:
+        """What is wrong with this Host; empty when nothing is."""
+        match = _HOST.fullmatch(value.decode("latin-1"))
         if match is None or (match[1].startswith("[") and not _is_address(match[1])):
-            raise BadRequest("The Host header is malformed.")
+            return "The Host header is malformed."
         host = _bare(match[1])
-        if not self._accepted & {"*", host} and not _is_address(host):
-            raise BadRequest(f"This server does not answer for {host[:100]}: add the name to [server] allowed_hosts.")
+        if self._accepted & {"*", host} or _is_address(host):
+            return ""
+        return f"This server does not answer for {host[:100]}: add the name to [server] allowed_hosts."
 
 
 def _bare(name: str) -> str:

@@ -11,13 +11,15 @@ import asyncio
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from appliance.access.admission import Admission, Entry, Terms
 from appliance.access.leases import State
-from appliance.access.windows import NAMES, Payer, View, bounds
+from appliance.access.windows import DAY, NAMES, Payer, View, bounds
+from appliance.access.windows import Limits as WindowLimits
 from appliance.errors import ApplianceError, Unauthorized
 from appliance.messages import Caller
 from appliance.store.usage import Spent
@@ -33,8 +35,8 @@ class TermsOf(Protocol):
 
 FREE = (401, 403, 404, 429)
 _SHOWN = (
-    "X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, X-RateLimit-Window, X-RateLimit-Warning, "
-    "RateLimit-Policy, RateLimit, Retry-After, X-Queue-Wait-Ms, X-Request-Id"
+    b"X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, X-RateLimit-Window, X-RateLimit-Warning, "
+    b"RateLimit-Policy, RateLimit, Retry-After, X-Queue-Wait-Ms, X-Request-Id"
 )
 
 
@@ -176,26 +178,28 @@ class Limits:
 
 def limit_headers(view: View, payers: Sequence[Payer], now: float) -> Headers:
     """The seed's four, its warning, and the IETF draft's pair (draft-ietf-httpapi-ratelimit-headers-10)."""
-    found = {
-        "x-ratelimit-limit": str(view.limit),
-        "x-ratelimit-remaining": str(view.remaining),
-        "x-ratelimit-reset": str(view.reset),
-        "x-ratelimit-window": view.window,
-        "ratelimit-policy": ", ".join(_policies(payers, now)),
-        "ratelimit": f'"{view.window}";r={view.remaining};t={max(1, math.ceil(view.reset - now))}',
-        "access-control-expose-headers": _SHOWN,
-    }
+    window, wait = view.window.encode(), max(1, math.ceil(view.reset - now))
+    shown = [
+        (b"x-ratelimit-limit", b"%d" % view.limit),
+        (b"x-ratelimit-remaining", b"%d" % view.remaining),
+        (b"x-ratelimit-reset", b"%d" % view.reset),
+        (b"x-ratelimit-window", window),
+        (b"ratelimit-policy", _policies(tuple(payer.limits for payer in payers), int(now) // DAY)),
+        (b"ratelimit", b'"%b";r=%d;t=%d' % (window, view.remaining, wait)),
+        (b"access-control-expose-headers", _SHOWN),
+    ]
     if view.nearly:
-        found["x-ratelimit-warning"] = "approaching-limit"
-    return [(name.encode(), value.encode()) for name, value in found.items()]
+        shown.append((b"x-ratelimit-warning", b"approaching-limit"))
+    return shown
 
 
-def _policies(payers: Sequence[Payer], now: float) -> list[str]:
-    """Every limited window: at most `q` calls in `w` seconds, by whichever payer has the fewest."""
+@lru_cache
+def _policies(limits: tuple[WindowLimits, ...], day: int) -> bytes:
+    """Every limited window on that UTC day: at most `q` calls in `w` seconds, by whichever payer has the fewest."""
     policies = []
     for i, name in enumerate(NAMES):
-        limits = [limit for payer in payers if (limit := payer.limits[i]) is not None]
-        if limits:
-            start, end = bounds(name, now)
-            policies.append(f'"{name}";q={min(limits)};w={end - start}')
-    return policies
+        found = [limit for every in limits if (limit := every[i]) is not None]
+        if found:
+            start, end = bounds(name, day * DAY)
+            policies.append(f'"{name}";q={min(found)};w={end - start}')
+    return ", ".join(policies).encode()

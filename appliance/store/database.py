@@ -56,6 +56,7 @@ class Store:
         self._readers: weakref.WeakSet[Database] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._closed = False
+        self._durable = False  # as `_connect` leaves it
         self.commits = 0
         self.commit_seconds = 0.0  # in whole transactions
         try:
@@ -167,11 +168,13 @@ class Store:
         results: list[tuple[_Write, Any]] = []
         try:
             with _translated(self.path):
-                durable = any(w.durable for w in group)
-                db.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
+                self._synchronise(any(w.durable for w in group))
                 db.execute("begin immediate")
-                for write in group:
-                    self._perform_one(write, results)
+                if len(group) == 1:
+                    results.append((group[0], group[0].perform(db)))
+                else:
+                    for write in group:
+                        self._perform_one(write, results)
                 db.execute("commit")
                 self.commits += 1
                 self.commit_seconds += time.monotonic() - started
@@ -183,6 +186,12 @@ class Store:
             return
         for write, result in results:
             write.done.set_result(result)
+
+    def _synchronise(self, durable: bool) -> None:
+        """Whether the next commit waits for the disk."""
+        if durable != self._durable:
+            self._writer.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
+            self._durable = durable
 
     def _perform_one(self, write: _Write, results: list[tuple[_Write, Any]]) -> None:
         db = self._writer

@@ -1,23 +1,23 @@
 """What was called: the running windows of every payer, to go on with after a restart, and totals per day for people.
 
-A window is named by its start, as it was when the call was charged: what the clock says later is of no concern. All
-functions that take a `db` are to be called inside a write.
+A window is named by its start, as it was when the call was charged: what the clock says later is of no concern.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from operator import add
+from typing import Any, NamedTuple
 
 from appliance.store.database import Store
 
 DAY = 86_400
 Place = tuple[str, str, int]  # (payer, window, its start)
+_Line = tuple[str, int, str, str, str, str]  # (account, day, key, endpoint, provider, model)
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """Who called what, and when (epoch seconds); `endpoint` is the route's template."""
 
     account_id: str
@@ -58,39 +58,72 @@ class Total:
     seconds: float
 
 
-def charge(db: Any, call: Call, places: Iterable[Place], calls: int = 1) -> None:
-    """Counts a call in its windows, or takes it off again with `calls` -1. A newer window takes the older one's row,
-    and a call of an older one changes nothing there."""
-    for place in places:
-        db.execute(
-            """insert into windows (payer, window, start, calls) values (?, ?, ?, max(0, ?))
-            on conflict do update set
-                calls = case when excluded.start > start then excluded.calls else max(0, calls + ?4) end,
-                start = excluded.start
-            where excluded.start >= start""",
-            [*place, calls],
-        )
-    _add(db, call, Spent("", "", 0, 0, 0, 0.0), calls)
+class Tally:
+    """What calls took, summed up, so that each row of the store is written once however many they were. Adding to it
+    is the event loop's business; whoever writes it owns it."""
+
+    def __init__(self) -> None:
+        self.entries = 0  # charges, returns and what was spent
+        self._places: dict[Place, int] = {}  # calls, in the order in which the windows came
+        self._lines: dict[_Line, list[float]] = {}  # calls, prompt, completion and cached tokens, seconds
+
+    def charge(self, call: Call, places: Iterable[Place], calls: int = 1) -> None:
+        """Counts a call in its windows, or takes it off again with `calls` -1."""
+        line = self._line(call, "", "")
+        line[0] += calls
+        for place in places:
+            self._places[place] = self._places.get(place, 0) + calls
+        self.entries += 1
+
+    def spend(self, call: Call, spent: Spent) -> None:
+        """Adds what a counted call took."""
+        line = self._line(call, spent.provider, spent.model)
+        took = (0, spent.prompt_tokens, spent.completion_tokens, spent.cached_tokens, spent.seconds)
+        line[:] = map(add, line, took)
+        self.entries += 1
+
+    def add(self, later: Tally) -> None:
+        """Adds all of another one."""
+        for place, calls in later._places.items():
+            self._places[place] = self._places.get(place, 0) + calls
+        for key, sums in later._lines.items():
+            line = self._lines.setdefault(key, [0, 0, 0, 0, 0.0])
+            line[:] = map(add, line, sums)
+        self.entries += later.entries
+
+    def write(self, db: Any) -> None:
+        """Adds the sums to the store. A newer window takes the older one's row, and an older one changes nothing."""
+        db.conn.executemany(_CHARGE, [(*place, calls) for place, calls in self._places.items()])
+        db.conn.executemany(_ADD, [(*key, *sums) for key, sums in self._lines.items()])
+
+    def split_off(self) -> Tally | None:
+        """Takes one row's sum out, as a tally of its own; None when there is no more."""
+        part = Tally()
+        if self._places:
+            part._places = dict([self._places.popitem()])
+        elif self._lines:
+            part._lines = dict([self._lines.popitem()])
+        else:
+            return None
+        part.entries = 1
+        return part
+
+    def _line(self, call: Call, provider: str, model: str) -> list[float]:
+        key = (call.account_id, call.day, call.key_id, call.endpoint, provider, model)
+        return self._lines.setdefault(key, [0, 0, 0, 0, 0.0])
 
 
-def spend(db: Any, call: Call, spent: Spent) -> None:
-    """Adds what a counted call took."""
-    _add(db, call, spent, 0)
-
-
-def _add(db: Any, call: Call, spent: Spent, calls: int) -> None:
-    db.execute(
-        """insert into usage (account_id, day, key_id, endpoint, provider, model,
-            calls, prompt_tokens, completion_tokens, cached_tokens, seconds) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-        on conflict do update set calls = calls + excluded.calls,
-            prompt_tokens = prompt_tokens + excluded.prompt_tokens,
-            completion_tokens = completion_tokens + excluded.completion_tokens,
-            cached_tokens = cached_tokens + excluded.cached_tokens, seconds = seconds + excluded.seconds""",
-        [
-            *(call.account_id, call.day, call.key_id, call.endpoint, spent.provider, spent.model, calls),
-            *(spent.prompt_tokens, spent.completion_tokens, spent.cached_tokens, spent.seconds),
-        ],
-    )
+_CHARGE = """insert into windows (payer, window, start, calls) values (?1, ?2, ?3, max(0, ?4))
+    on conflict do update set
+        calls = case when excluded.start > start then excluded.calls else max(0, calls + ?4) end,
+        start = excluded.start
+    where excluded.start >= start"""
+_ADD = """insert into usage (account_id, day, key_id, endpoint, provider, model,
+        calls, prompt_tokens, completion_tokens, cached_tokens, seconds) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    on conflict do update set calls = calls + excluded.calls,
+        prompt_tokens = prompt_tokens + excluded.prompt_tokens,
+        completion_tokens = completion_tokens + excluded.completion_tokens,
+        cached_tokens = cached_tokens + excluded.cached_tokens, seconds = seconds + excluded.seconds"""
 
 
 def windows(store: Store) -> list[tuple[str, str, int, int]]:

@@ -16,10 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from appliance.access.windows import NAMES
 from appliance.store import calls
 from appliance.store.calls import Row as Call
 from appliance.store.database import Store
 from appliance.store.keyfile import read_key
+from appliance.store.usage import Call as Usage
+from appliance.store.usage import Tally
 from scripts.benchlib import servers
 from scripts.benchlib.client import APPLIANCE, BenchError, Target
 from scripts.benchlib.figures import Goal, Row, compared, quantile
@@ -30,10 +33,11 @@ from scripts.benchlib.servers import Server, free_port
 CONNECTIONS = 16
 SECONDS = 3.0
 ALONE = 600  # calls one after the other, for the median
-USAGE = "/api/usage"
+SMALL_GET, USAGE = "/v1/models", "/api/usage"
 SERVER_CORE, CLIENT_CORE = 0, 1
 CALLS, ACCOUNTS, KEYS = 10_000_000, 10_000, 50_000
 PORTION = 100_000
+DAYS = 31  # with a total per account, key and endpoint
 STEADY_RATE, STEADY_SECONDS = 200, 60
 PURGED_SECONDS = 15.0  # a purge begins a second after the start
 
@@ -163,10 +167,10 @@ async def gate(run: Run) -> None:
             pin(server.child.pid, SERVER_CORE)
             ours, small = server.target, "/small"
             rates = await run.interleaved(
-                "gate, calls per second", {"ours": _of(rate, ours, USAGE), "bare": _of(rate, plain, small)}
+                "gate, calls per second", {"ours": _of(rate, ours, SMALL_GET), "bare": _of(rate, plain, small)}
             )
             medians = await run.interleaved(
-                "gate, one call", {"ours": _of(median, ours, USAGE), "bare": _of(median, plain, small)}
+                "gate, one call", {"ours": _of(median, ours, SMALL_GET), "bare": _of(median, plain, small)}
             )
     finally:
         os.sched_setaffinity(0, before)
@@ -194,30 +198,20 @@ def fill(data_dir: Path) -> None:
     now = time.time()
     with closing(Store.open(data_dir / "appliance.db", read_key(data_dir / "secrets" / "master.key"))) as store:
         accounts = [(f"acc_{n}", f"account {n}", int(now)) for n in range(ACCOUNTS)]
-        keys = [
-            (
-                f"key_{n}",
-                f"acc_{n % ACCOUNTS}",
-                "n",
-                "llm",
-                secrets.token_bytes(32),
-                "oai_abcd",
-                "wxyz",
-                int(now),
-                "bench",
-            )
-            for n in range(KEYS)
-        ]
+        about = ("n", "llm", "oai_abcd", "wxyz", int(now), "bench")
+        keys = [(f"key_{n}", f"acc_{n % ACCOUNTS}", secrets.token_bytes(32), *about) for n in range(KEYS)]
 
         def nouns(db: Any) -> None:
+            [(asker,)] = db.execute("select id from accounts").fetchall()
             db.conn.executemany(
                 "insert into accounts (id, name, plan, created) values (?, ?, 'professional', ?)", accounts
             )
             db.conn.executemany(
-                """insert into keys (id, account_id, name, scope, hash, prefix, last_four, created, created_by)
+                """insert into keys (id, account_id, hash, name, scope, prefix, last_four, created, created_by)
                 values (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
                 keys,
             )
+            _tally(asker, now).write(db)
 
         store.write(nouns).result()
         step = 440 * 86_400 / CALLS
@@ -232,6 +226,18 @@ def fill(data_dir: Path) -> None:
                 say(f"scale: {first:,} of {CALLS:,} calls written")
 
 
+def _tally(asker: str, now: float) -> Tally:
+    """Days of every account, and of the one that asks: with twenty keys that call three endpoints."""
+    tally, places = Tally(), [(f"acc_{n}", window, 0) for n in range(ACCOUNTS) for window in NAMES]
+    for day in range(DAYS):
+        at = now - day * 86_400
+        for n in range(ACCOUNTS):
+            tally.charge(Usage(f"acc_{n}", f"key_{n}", "/llm/chat", at), places if not n + day else [])
+        for n in range(60):
+            tally.charge(Usage(asker, f"key_{n % 20}", f"/endpoint/{n // 20}", at), [])
+    return tally
+
+
 async def scale(run: Run) -> None:
     """A call beside ten million others in the log, ten thousand accounts and fifty thousand keys; and while these are
     purged. Then a steady load for a minute."""
@@ -240,34 +246,36 @@ async def scale(run: Run) -> None:
     try:
         async with run.ours(SMALL) as server:
             pin(server.child.pid, SERVER_CORE)
-            empty = [await median(server.target, USAGE) for _ in range(run.rounds)]
+            empty = [await median(server.target, SMALL_GET) for _ in range(run.rounds)]
             await _steady(run, server)
         await asyncio.to_thread(fill, run.data_dir)
         started = time.monotonic()
         async with run.ours(SMALL) as server:
             ready = time.monotonic() - started
             pin(server.child.pid, SERVER_CORE)
-            [connection] = await _connected(server.target, USAGE, 1)
+            [connection] = await _connected(server.target, SMALL_GET, 1)
             connection.ask()
             await asyncio.sleep(PURGED_SECONDS)
             connection.finish()
             _all_good([connection])
-            full = [await median(server.target, USAGE) for _ in range(run.rounds)]
+            full = [await median(server.target, SMALL_GET) for _ in range(run.rounds)]
+            usage = [await median(server.target, USAGE) for _ in range(run.rounds)]
     finally:
         os.sched_setaffinity(0, before)
     row = Row("scale", f"a call's median with {CALLS:,} calls in the log", "ms", goal=Goal(1.2, at_least=False))
     run.add(compared(row, [1e3 * x for x in full], [1e3 * x for x in empty], "empty"))
-    run.add(_alone("start, model included", "s", ready, 3.0))
-    run.add(_alone("longest call while rows are purged", "ms", 1e3 * max(connection.took), 20.0))
+    run.add(_alone("GET /api/usage of a busy account, median", "ms", [1e3 * x for x in usage], 20.0))
+    run.add(_alone("start, model included", "s", [ready], 3.0))
+    run.add(_alone("longest call while rows are purged", "ms", [1e3 * max(connection.took)], 20.0))
 
 
-def _alone(what: str, unit: str, value: float, most: float) -> Row:
-    return Row("scale", what, unit, ours=(value,), goal=Goal(most, at_least=False), goal_on_ratio=False)
+def _alone(what: str, unit: str, values: list[float], most: float) -> Row:
+    return Row("scale", what, unit, ours=tuple(values), goal=Goal(most, at_least=False), goal_on_ratio=False)
 
 
 async def _steady(run: Run, server: Server) -> None:
     """200 calls a second for a minute: what the process and the write-ahead log grow by."""
-    connections = await _connected(server.target, USAGE, CONNECTIONS)
+    connections = await _connected(server.target, SMALL_GET, CONNECTIONS)
     for connection in connections:
         connection.paced = True
     pid, log = server.child.pid, run.data_dir / "appliance.db-wal"
@@ -289,8 +297,8 @@ async def _steady(run: Run, server: Server) -> None:
         _alone(
             "growth of memory in 50 s of 200 calls/s",
             "MB",
-            (sum(resident_bytes(pid, run.setup.model)) - before) / 1e6,
+            [(sum(resident_bytes(pid, run.setup.model)) - before) / 1e6],
             3.0,
         )
     )
-    run.add(_alone("largest write-ahead log meanwhile", "MB", wal / 1e6, 8.0))
+    run.add(_alone("largest write-ahead log meanwhile", "MB", [wal / 1e6], 8.0))
