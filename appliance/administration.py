@@ -23,13 +23,14 @@ from appliance.access.windows import bounds
 from appliance.catalog import Catalog, Model
 from appliance.errors import BadRequest, ConfigError, ModelError, NotFound, Unavailable
 from appliance.messages import AS_ACCOUNT, KeyLimits
-from appliance.store import accounts, audit, backup, calls, keys, usage, users
+from appliance.store import accounts, audit, backup, calls, egress, keys, usage, users
 from appliance.store.database import Store
 from appliance.store.ids import COMMAND_LINE
 from appliance.store.keyfile import MasterKey
 
 log = logging.getLogger("appliance.administration")
 
+MOST_EGRESS = 100_000  # rows
 PAGE = 1_000  # rows of one answer
 FOREVER = 1 << 40  # epoch seconds
 
@@ -75,6 +76,14 @@ class Administration:
         with self.plan_names:
             self._need_plan(plan)
             return self._changed(accounts.set_plan(self.store, name, plan))
+
+    def account_set_egress(self, name: str, prompts: str) -> dict[str, Any]:
+        return self._changed(accounts.set_egress(self.store, name, prompts))
+
+    def egress(self, since: int, account: str | None = None) -> list[dict[str, Any]]:
+        """The newest rows of what left the box from `since` (epoch seconds) on, oldest first."""
+        account_id = accounts.by_name(self.store, account).id if account else None
+        return [row._asdict() for row in egress.listing(self.store, since, MOST_EGRESS, account_id)]
 
     def account_disable(self, name: str) -> dict[str, Any]:
         return self._changed(accounts.set_disabled(self.store, name, True))
@@ -131,6 +140,7 @@ class Administration:
         expires: int | None = None,
         networks: list[str] | None = None,
         limits: dict[str, int] | None = None,
+        prompts: str | None = None,
     ) -> dict[str, Any]:
         """This answer and `key_rotate`'s are the only ones that ever hold a key itself."""
         raw, new = _new_key()
@@ -144,6 +154,7 @@ class Administration:
             expires=expires,
             networks=networks or (),
             limits=KeyLimits(**limits) if limits else AS_ACCOUNT,
+            prompts=prompts,
         )
         self.reload_keys()
         return {"key": raw, **asdict(made)}
@@ -230,6 +241,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "account.create": Administration.account_create,
     "account.list": Administration.account_list,
     "account.set-plan": Administration.account_set_plan,
+    "account.set-egress": Administration.account_set_egress,
+    "egress": Administration.egress,
     "account.disable": Administration.account_disable,
     "account.enable": Administration.account_enable,
     "account.delete": Administration.account_delete,

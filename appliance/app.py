@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +25,10 @@ import msgspec
 import uvloop
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from appliance import admin, logs, server
+from appliance import admin, logs, secretfiles, server
 from appliance.access.admission import Admission
 from appliance.access.calllog import CallLog
+from appliance.access.egresslog import EgressLog
 from appliance.access.keyring import KeyRing
 from appliance.access.ledger import Ledger
 from appliance.access.plans import Plans
@@ -40,12 +41,12 @@ from appliance.api.gate import Gate
 from appliance.api.guard import Guard
 from appliance.api.hosts import Hosts
 from appliance.api.limits import Limits
-from appliance.api.metrics import metrics_token
+from appliance.api.metrics import SHORTEST_TOKEN
 from appliance.api.proxies import Proxies
 from appliance.api.services import Services
 from appliance.catalog import Catalog
-from appliance.chat import Chat
-from appliance.config import Config, show
+from appliance.chat import Chat, Elsewhere, Wish
+from appliance.config import Config, ProviderSettings, show
 from appliance.errors import (
     ApplianceError,
     BadRequest,
@@ -56,7 +57,9 @@ from appliance.errors import (
 )
 from appliance.messages import CompletionRequest, Message, Role, Sampling
 from appliance.providers.local import LocalProvider
+from appliance.providers.upstream import Place, Upstream
 from appliance.store.database import Store
+from appliance.store.egress import Row as EgressRow
 from appliance.store.keyfile import read_key
 from appliance.store.lock import DataDirLock
 
@@ -108,7 +111,9 @@ class Process:
         self._reread = reread
         self.administration = administration
         self.local = LocalProvider(config.engine, on_fatal=self._engine_broke)
-        self.chat = Chat(self.local)
+        self.others = upstreams(config, os.environ)
+        self.egress = EgressLog(administration.store)
+        self.chat = Chat(self.local, self.others, self._note_egress)
         self.ledger = Ledger(administration.store)
         self.plans = administration.plans
         administration.check_plans(self.plans)
@@ -126,7 +131,7 @@ class Process:
             ledger=self.ledger,
             calls=self.calls,
         )
-        token = metrics_token(config.server.metrics_token_file)
+        token = secretfiles.read("server.metrics_token_file", config.server.metrics_token_file, SHORTEST_TOKEN)
         self.app = Appliance(services, administration.keyring, self.gate, token)
         self.exit_code = 0
         self._swap = threading.Lock()
@@ -156,9 +161,17 @@ class Process:
             await asyncio.gather(*beside, return_exceptions=True)
             await operator.close()
             await self.ledger.close()
+            await self.egress.close()
+            for other in self.others.values():
+                await other.close()
             await self.calls.flush()
             await self._end()
         return self.exit_code
+
+    def _note_egress(self, request: CompletionRequest, wish: Wish, other: Elsewhere, reason: str) -> None:
+        meter = request.meter
+        row = (request.account, wish.key_id, other.destination, meter.bytes_out, meter.bytes_in, reason)
+        self.egress.add(EgressRow(time.time(), *row))
 
     def reload(self) -> dict[str, Any]:
         """Reads the settings again, valid as a whole or refused as a whole; blocks. Raises ConfigError; nothing has
@@ -275,6 +288,26 @@ class Process:
                 if chunk.text:
                     yield {"part": chunk.text}
         yield {"result": None}
+
+
+def upstreams(config: Config, environ: Mapping[str, str]) -> dict[str, Upstream]:
+    """The servers elsewhere that may be asked; Groq only with a key. Raises ConfigError for a key file that is none."""
+    found = {}
+    groq_key = secretfiles.read("groq.key_file", config.groq.key_file) or environ.get("GROQ_API_KEY", "").strip()
+    if groq_key:
+        found["groq"] = Upstream(_place("groq", config.groq, groq_key))
+    for name, settings in config.providers.items():
+        key = secretfiles.read(f"providers.{name}.key_file", settings.key_file)
+        found[name] = Upstream(_place(name, settings, key))
+    return found
+
+
+def _place(name: str, s: ProviderSettings, key: str) -> Place:
+    pairs = (alias.split("=", 1) for alias in s.aliases)
+    return Place(
+        name, s.base_url, s.model, key, {old.strip(): new.strip() for old, new in pairs},
+        s.connect_seconds, s.first_seconds, s.gap_seconds, s.total_seconds,
+    )  # fmt: skip
 
 
 def _tell(task: asyncio.Task[None]) -> None:

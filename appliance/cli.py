@@ -40,7 +40,7 @@ from appliance.errors import (
     ServerUnreachable,
     UsageError,
 )
-from appliance.messages import NOTES, SCOPES
+from appliance.messages import NOTES, PROMPTS, SCOPES
 from appliance.store import backup
 from appliance.store.database import Store
 from appliance.store.keyfile import read_key
@@ -289,7 +289,7 @@ def account_create(config_file: str | None, data_dir: str | None, as_json: bool,
 def account_list(config_file: str | None, data_dir: str | None, as_json: bool) -> None:
     """Lists the accounts."""
     rows = _operate(config.load(data_dir, config_file), "account.list")
-    _print_table(rows, ("id", "name", "plan", "email", "created", "disabled"), as_json)
+    _print_table(rows, ("id", "name", "plan", "email", "created", "disabled", "prompts"), as_json)
 
 
 @account.command(name="set-plan")
@@ -300,6 +300,16 @@ def account_list(config_file: str | None, data_dir: str | None, as_json: bool) -
 def account_set_plan(config_file: str | None, data_dir: str | None, as_json: bool, **values: Any) -> None:
     """Gives an account another plan, from its next call on."""
     _print(_operate(config.load(data_dir, config_file), "account.set-plan", **values), as_json)
+
+
+@account.command(name="set-egress")
+@_common
+@click.argument("name")
+@click.option("--prompts", required=True, type=click.Choice(PROMPTS), help="whether they may leave the box")
+@_json
+def account_set_egress(config_file: str | None, data_dir: str | None, as_json: bool, **values: Any) -> None:
+    """Says what of an account may leave the box, from its next call on."""
+    _print(_operate(config.load(data_dir, config_file), "account.set-egress", **values), as_json)
 
 
 @account.command(name="disable")
@@ -446,6 +456,7 @@ def key() -> None:
 @click.option("--per-month", "month", type=click.IntRange(1), metavar="N")
 @click.option("--concurrent", type=click.IntRange(1), metavar="N", help="calls at the same time")
 @click.option("--tokens-per-day", type=click.IntRange(1), metavar="N")
+@click.option("--prompts", type=click.Choice(PROMPTS), help="whether they may leave the box, where the account's may")
 @_json
 def key_create(
     config_file: str | None,
@@ -456,12 +467,13 @@ def key_create(
     scope: str,
     expires: str | None,
     networks: tuple[str, ...],
+    prompts: str | None,
     **limits: int | None,
 ) -> None:
     """Makes a key and prints it, this once."""
     own = {name: limit for name, limit in limits.items() if limit is not None}
     end = _end(expires) if expires else None
-    values = {"account": account, "name": name, "scope": scope, "networks": list(networks)}
+    values = {"account": account, "name": name, "scope": scope, "networks": list(networks), "prompts": prompts}
     made = _operate(config.load(data_dir, config_file), "key.create", **values, limits=own, expires=end)
     _print(made, as_json)
     if not as_json:
@@ -475,7 +487,7 @@ def key_list(config_file: str | None, data_dir: str | None, as_json: bool) -> No
     """Lists the keys, revoked ones too."""
     rows = _operate(config.load(data_dir, config_file), "key.list")
     columns = ("id", "account", "name", "scope", "prefix", "last_four", "created", "created_by", "last_used")
-    _print_table(rows, (*columns, "expires", "networks", "limits", "revoked"), as_json)
+    _print_table(rows, (*columns, "expires", "networks", "limits", "prompts", "revoked"), as_json)
 
 
 @key.command(name="rotate")
@@ -558,6 +570,21 @@ def _month(text: str) -> tuple[int, int]:
         raise UsageError(f"{text[:50]!r} is no month; 2026-11 is.") from error
     days = calendar.monthrange(first.year, first.month)[1]
     return int(first.timestamp()), int(first.timestamp()) + (days - 1) * 86_400
+
+
+@main.command(name="egress")
+@_common
+@click.option("--since", metavar="YYYY-MM-DD", help="from the beginning of that day on (UTC); default: all")
+@click.option("--account", metavar="NAME", help="one account; default: all")
+@_json
+def egress_command(
+    config_file: str | None, data_dir: str | None, as_json: bool, since: str | None, account: str | None
+) -> None:
+    """What has left the box: when, whose, where to, how much and why; never what."""
+    begin = _end(since) - 86_400 if since else 0
+    rows = _operate(config.load(data_dir, config_file), "egress", since=begin, account=account)
+    columns = ("at", "account_id", "key_id", "destination", "bytes_out", "bytes_in", "reason")
+    _print_table(rows if as_json else [{**row, "at": int(row["at"])} for row in rows], columns, as_json)
 
 
 @main.command(name="logs")

@@ -167,15 +167,65 @@ class PlanSettings:
     per_month: int = setting(1_000, "calls per month; 0: unlimited", low=0, high=1_000_000_000_000)
     concurrent: int = setting(2, "calls at the same time", low=1, high=100_000)
     weight: float = setting(1.0, "share of a busy box", low=0.01, high=1_000)
+    fallback_wait_seconds: float = setting(
+        10.0, "a call that would wait longer goes to Groq, where that is allowed", low=0, high=3_600
+    )
 
 
+def _alias(text: str) -> str:
+    left, equals, right = text.partition("=")
+    if not (equals and left.strip() and right.strip()):
+        raise ValueError
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderSettings:
+    """`[providers.NAME]`: a server elsewhere that speaks OpenAI's API."""
+
+    base_url: str = setting(
+        "", "address of its API, with /v1", parse=_web_address, words="an address such as https://llm.example.org/v1"
+    )
+    model: str = setting("", "the model that is asked there")
+    key_file: str = setting("", "file of the key that it wants, of mode 0600; empty: none")
+    aliases: tuple[str, ...] = setting(
+        (), "names that requests may use for models there", parse=_alias, words='a list of texts such as "old=new"'
+    )
+    connect_seconds: float = setting(5.0, "a connection must be made within", low=0.1, high=600)
+    first_seconds: float = setting(60.0, "its first word must come within", low=0.1, high=3_600)
+    gap_seconds: float = setting(30.0, "the next word must come within", low=0.1, high=3_600)
+    total_seconds: float = setting(600.0, "its answer must be whole within", low=1, high=86_400)
+
+
+@dataclass(frozen=True, slots=True)
+class GroqSettings(ProviderSettings):
+    """`[groq]`: as `[providers.NAME]`, with Groq's values."""
+
+    base_url: str = setting(
+        "https://api.groq.com/openai/v1",
+        "address of its API",
+        parse=_web_address,
+        words="an address such as https://llm.example.org/v1",
+    )
+    model: str = setting("openai/gpt-oss-120b", "the model that is asked there")
+    key_file: str = setting("", "file of the key, of mode 0600; empty: the environment variable GROQ_API_KEY")
+    aliases: tuple[str, ...] = setting(
+        ("llama3-70b-8192=openai/gpt-oss-120b",),
+        "names that requests may use for models there",
+        parse=_alias,
+        words='a list of texts such as "old=new"',
+    )
+
+
+PROVIDERS: dict[str, ProviderSettings] = {}
 PLANS = {
     "community": PlanSettings(),
     "professional": PlanSettings(60, 1_000, 10_000, 10, 2.0),
     "enterprise": PlanSettings(300, 10_000, 0, 50, 4.0),
 }
 FIRST_PLAN = "plans.community"
-_PLAN_NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
+_GROUP_NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
+TAKEN = {"auto", "local", "groq"}  # names that no server elsewhere may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +238,9 @@ class Config:
     store: StoreSettings = field(default_factory=StoreSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     retention: RetentionSettings = field(default_factory=RetentionSettings)
+    groq: GroqSettings = field(default_factory=GroqSettings)
     plans: Mapping[str, PlanSettings] = field(default_factory=lambda: dict(PLANS))
+    providers: Mapping[str, ProviderSettings] = field(default_factory=dict)
     file: Path | None = None
     sources: dict[str, str] = field(default_factory=dict)
 
@@ -211,9 +263,16 @@ SECTIONS: dict[str, type[Any]] = {
     "store": StoreSettings,
     "limits": LimitSettings,
     "retention": RetentionSettings,
+    "groq": GroqSettings,
+}
+# Sections of which there may be several, [plans.NAME] and [providers.NAME]: their class, and which there always are.
+GROUPS: dict[str, tuple[type[Any], Mapping[str, Any]]] = {
+    "plans": (PlanSettings, PLANS),
+    "providers": (ProviderSettings, PROVIDERS),
 }
 # relative ones are relative to the settings file that names them
 PATHS = {"server.tls_cert", "server.tls_key", "server.metrics_token_file", "store.key_file"}
+PATH_KEYS = {"key_file"}  # of every section
 PREFIX = "APPLIANCE_"
 CHECKOUT = Path(__file__).parents[1]
 
@@ -244,10 +303,13 @@ class Setting:
         return words if self.low is None else f"{words} from {self.low:,} to {self.high:,}"
 
 
-def settings(plans: Mapping[str, PlanSettings] = PLANS) -> list[Setting]:
-    """Every setting, in the order of the table; of plans those of `plans`."""
+def settings(config: Config | None = None) -> list[Setting]:
+    """Every setting, in the order of the table; of plans and providers those of `config`."""
     found = [one for section, cls in SECTIONS.items() for one in _section(section, cls())]
-    return found + [one for name, plan in plans.items() for one in _section(f"plans.{name}", PLANS.get(name, plan))]
+    for group, (cls, known) in GROUPS.items():
+        for name in known if config is None else getattr(config, group):
+            found += _section(f"{group}.{name}", known.get(name, cls()))
+    return found
 
 
 def _section(section: str, defaults: Any) -> list[Setting]:
@@ -281,7 +343,14 @@ def load(
     file = _settings_file(directory, config_file)
     if file is not None:
         config = replace(_override(config, _read_file(file), f"file {file}"), file=file)
-    return _read_environment(config, environ)
+    config = _read_environment(config, environ)
+    for name, provider in config.providers.items():
+        for key in ("base_url", "model"):
+            if not getattr(provider, key):
+                raise ConfigError(
+                    f"providers.{name}.{key} must be set: a server elsewhere needs its address and a model."
+                )
+    return config
 
 
 def _settings_file(directory: Path, given: str | Path | None) -> Path | None:
@@ -303,7 +372,7 @@ def override(config: Config, values: Mapping[str, Any], source: str) -> Config:
 def show(config: Config) -> list[tuple[str, str, str]]:
     """(name, value, source) of every setting."""
     rows = []
-    for s in settings(config.plans):
+    for s in settings(config):
         section, name = s.name.rsplit(".", 1)
         value = getattr(_values(config, section), name)
         shown = list(value) if isinstance(value, tuple) else value
@@ -322,6 +391,9 @@ def example() -> str:
         if s.name.rpartition(".")[0] != section:
             section = s.name.rpartition(".")[0]
             note = ["# A section [plans.NAME] with another name adds a plan."] if section == FIRST_PLAN else []
+            note += (
+                ["# Further servers are sections [providers.NAME] with the same settings."] if section == "groq" else []
+            )
             lines += ["", *note, f"[{section}]"]
         default = list(s.default) if isinstance(s.default, tuple) else s.default
         lines += [f"# {s.help}; {s.allowed}", f"# {s.name.rpartition('.')[2]} = {_toml(default)}"]
@@ -349,18 +421,22 @@ def _read_file(file: Path) -> Iterable[tuple[str, Any]]:
         raise ConfigError(f"{file}: the settings file cannot be read.") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists in lists in lists
         raise ConfigError(f"{file}: this is not a settings file: a value is too long or too deep.") from error
-    plans = tables.pop("plans", {})
-    if not isinstance(plans, dict):
-        raise ConfigError(f"{file}: plans are sections: write [plans.NAME] on a line of its own.")
-    tables |= {f"plans.{name}": table for name, table in plans.items()}
+    for group in GROUPS:
+        members = tables.pop(group, {})
+        if not isinstance(members, dict):
+            raise ConfigError(f"{file}: {group} are sections: write [{group}.NAME] on a line of its own.")
+        tables |= {f"{group}.{name}": table for name, table in members.items()}
     for section, table in tables.items():
-        if section not in SECTIONS and not section.startswith("plans."):
-            nearest = _nearest(section, [*SECTIONS, "plans"])
+        if section not in SECTIONS and section.partition(".")[0] not in GROUPS:
+            nearest = _nearest(section, [*SECTIONS, *GROUPS])
             raise ConfigError(f"{file}: there is no section [{_shown(section, bare=True)}]; {nearest}.")
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {section} is a section: write [{section}] on a line of its own.")
-        if section.startswith("plans.") and not table:  # a plan all the same, with a community's numbers
-            table = {"per_minute": PLANS.get(section.removeprefix("plans."), PlanSettings()).per_minute}
+        group, _, member = section.partition(".")
+        if group in GROUPS and not table:  # there is one all the same, with the values of every one
+            cls, known = GROUPS[group]
+            first = fields(cls)[0].name
+            table = {first: getattr(known.get(member, cls()), first)}
         for name, value in table.items():
             yield f"{section}.{name}", _beside(file, f"{section}.{name}", value)
 
@@ -371,7 +447,8 @@ def _beside(file: Path, name: str, value: Any) -> Any:
         return value
     path = os.path.normpath(file.parent / os.path.expanduser(value))
     is_model = name == "engine.model" and (os.sep in value or os.path.isfile(path))  # else a name in the manifest
-    return path if name in PATHS or is_model else value
+    is_path = name in PATHS or name.rpartition(".")[2] in PATH_KEYS
+    return path if is_path or is_model else value
 
 
 def _read_environment(config: Config, environ: Mapping[str, str]) -> Config:
@@ -381,9 +458,9 @@ def _read_environment(config: Config, environ: Mapping[str, str]) -> Config:
         if not variable.startswith(PREFIX) or "__" not in variable:
             continue
         name = variable.removeprefix(PREFIX).lower().replace("__", ".", 1)
-        if name.startswith("plans."):
+        if name.partition(".")[0] in GROUPS:
             name = name.replace("__", ".")
-            known |= _of_plan(name)
+            known |= _of_group(name)
         if name not in known:
             nearest = _nearest(name, known, lambda n: PREFIX + n.upper().replace(".", "__"))
             raise ConfigError(f"environment {_shown(variable, bare=True)}: there is no such setting; {nearest}.")
@@ -409,11 +486,11 @@ def _only_value(table: dict[str, Any], text: str) -> Any:
 
 
 def _override(config: Config, values: Iterable[tuple[str, Any]], source: str) -> Config:
-    known = {s.name: s for s in settings(config.plans)}
+    known = {s.name: s for s in settings(config)}
     sources = dict(config.sources)
     where = source.removeprefix("file ")
     for name, value in values:
-        known |= _of_plan(name)
+        known |= _of_group(name)
         if name not in known:
             raise ConfigError(f"{where}: there is no setting {_shown(name, bare=True)}; {_nearest(name, known)}.")
         section, key = name.rsplit(".", 1)
@@ -421,7 +498,9 @@ def _override(config: Config, values: Iterable[tuple[str, Any]], source: str) ->
         if section in SECTIONS:
             config = replace(config, **{section: values_now})
         else:
-            config = replace(config, plans={**config.plans, section.removeprefix("plans."): values_now})
+            group, _, member = section.partition(".")
+            members: Any = {group: {**getattr(config, group), member: values_now}}
+            config = replace(config, **members)
         sources[name] = source
     return replace(config, sources=sources)
 
@@ -429,16 +508,18 @@ def _override(config: Config, values: Iterable[tuple[str, Any]], source: str) ->
 def _values(config: Config, section: str) -> Any:
     if section in SECTIONS:
         return getattr(config, section)
-    return config.plans.get(section.removeprefix("plans."), PlanSettings())
+    group, _, member = section.partition(".")
+    return getattr(config, group).get(member, GROUPS[group][0]())
 
 
-def _of_plan(name: str) -> dict[str, Setting]:
-    """The settings of the plan that `name` is one of: any sound name makes a plan."""
-    kind, _, rest = name.partition(".")
-    plan = rest.rpartition(".")[0]
-    if kind != "plans" or not _PLAN_NAME.fullmatch(plan):
+def _of_group(name: str) -> dict[str, Setting]:
+    """The settings of the plan or provider that `name` is one of: any sound name makes one."""
+    group, _, rest = name.partition(".")
+    member = rest.rpartition(".")[0]
+    if group not in GROUPS or not _GROUP_NAME.fullmatch(member) or (group == "providers" and member in TAKEN):
         return {}
-    return {s.name: s for s in _section(f"plans.{plan}", PLANS.get(plan, PlanSettings()))}
+    cls, known = GROUPS[group]
+    return {s.name: s for s in _section(f"{group}.{member}", known.get(member, cls()))}
 
 
 def _checked(s: Setting, value: Any, source: str) -> Any:

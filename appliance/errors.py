@@ -13,6 +13,7 @@ ApplianceError
 │   ├── Unauthorized        401
 │   ├── Forbidden           403
 │   ├── NotFound            404
+│   │   └── ModelNotFound   404
 │   ├── RateLimited         429
 │   └── MonthlyLimitReached 429
 ├── InternalError           500
@@ -41,12 +42,18 @@ class ApplianceError(Exception):
     exit_code: int = 1
 
     def __init__(
-        self, message: str, *, retry_after: int | None = None, headers: Mapping[str, str] | None = None
+        self,
+        message: str,
+        *,
+        retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
+        param: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.retry_after = retry_after  # seconds, an integer >= 1; only on 429 and 503
         self.headers: dict[str, str] = dict(headers or {})
+        self.param = param  # the field of the body that is at fault, such as `messages[0].role`
 
 
 class RequestError(ApplianceError):
@@ -127,6 +134,10 @@ class NotFound(RequestError):
     """No such endpoint or resource (or somebody else's)."""
 
     status, code = 404, "NOT_FOUND"
+
+
+class ModelNotFound(NotFound):
+    """No model of that name answers here."""
 
 
 class RateLimited(RequestError):

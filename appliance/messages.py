@@ -9,8 +9,10 @@ Role = Literal["system", "user", "assistant"]
 Scope = Literal["full", "read", "llm", "workflow"]
 FinishReason = Literal["stop", "length"]
 Lane = Literal["interactive", "batch"]
+Prompts = Literal["never", "if-saturated", "allowed"]  # may they leave the box?
 Nature = Literal["model", "guide", "placeholder"]
 
+PROMPTS: tuple[Prompts, ...] = ("never", "if-saturated", "allowed")  # each allows more than the one before
 SCOPES: tuple[Scope, ...] = ("full", "read", "llm", "workflow")
 # What has to be said of a model that is no real one, wherever it answers.
 NOTES: dict[Nature, str] = {
@@ -55,6 +57,7 @@ class Caller:
     scope: Scope
     limits: KeyLimits = AS_ACCOUNT
     lineage: str = ""  # under which the limits of the key are counted
+    prompts: Prompts = "never"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,9 @@ class Sampling:
 class Meter:
     """What a completion has taken, told by its provider at its end, however that came; `seconds` of the engine."""
 
+    asked: int = 0  # tokens of the prompt, told before the first chunk
+    bytes_out: int = 0  # that left the box for it
+    bytes_in: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
@@ -89,9 +95,9 @@ class Meter:
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """One chat completion, as a provider takes it."""
+    """One completion, as a provider takes it."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...]  # empty where `prompt` is given
     account: str  # namespace of the prefix cache and unit of fairness
     sampling: Sampling = field(default_factory=Sampling)
     weight: float = 1.0  # the plan's share under contention
@@ -103,6 +109,8 @@ class CompletionRequest:
     logprobs: int | None = None  # None: none; k: the chosen token's and the k likeliest alternatives'
     lane: Lane = "interactive"
     own_prefix: int = 0  # how many leading messages are the appliance's own (shared cache root)
+    prompt: str | tuple[int, ...] | None = None  # text or tokens to be continued as they are, without a template
+    model: str = ""  # that was asked for; only servers elsewhere may have several
     request_id: str = ""
     meter: Meter = field(default_factory=Meter, compare=False)
 
@@ -131,10 +139,12 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One piece of an answer. The last one of a choice has `finish_reason`; the last of all has `usage`."""
+    """One piece of an answer. The last one of a choice has `finish_reason`, and the `stop` string where one ended it;
+    the last of all has `usage`."""
 
     text: str = ""
     index: int = 0
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    stop: str = ""

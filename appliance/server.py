@@ -716,7 +716,7 @@ class _Exchange(RequestResponseCycle):
             self.transport.close()
             return
         request_id = self.scope.get("state", {}).get("request_id") or new_request_id()
-        body = error_body(error, request_id)
+        body = error_body(error, request_id, self.scope["path"])
         headers = [
             *error_headers(error),
             (b"content-length", b"%d" % len(body)),

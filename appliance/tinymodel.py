@@ -99,6 +99,7 @@ class Vocabulary:
 
     tokens: tuple[str, ...]
     merges: tuple[tuple[str, str], ...]
+    control: int = len(CONTROL)
 
     @property
     def size(self) -> int:
@@ -107,7 +108,7 @@ class Vocabulary:
     @property
     def normal(self) -> int:
         """How many tokens stand for text."""
-        return len(self.tokens) - len(CONTROL)
+        return len(self.tokens) - self.control
 
     def id(self, token: str) -> int:
         return self.tokens.index(token)
@@ -140,7 +141,7 @@ def describe(writer: Writer, name: str, vocabulary: Vocabulary, *, context: int,
     writer.string("tokenizer.ggml.model", "gpt2")
     writer.string("tokenizer.ggml.pre", "llama-bpe")
     writer.strings("tokenizer.ggml.tokens", vocabulary.tokens)
-    types = [NORMAL_TYPE] * vocabulary.normal + [CONTROL_TYPE] * len(CONTROL)
+    types = [NORMAL_TYPE] * vocabulary.normal + [CONTROL_TYPE] * vocabulary.control
     writer.int32s("tokenizer.ggml.token_type", types)
     writer.strings("tokenizer.ggml.merges", [f"{left} {right}" for left, right in vocabulary.merges])
     for role, token in (("bos", BOS), ("padding", BOS), ("eos", TURN_END), ("eot", TURN_END)):

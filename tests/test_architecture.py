@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "appliance"
 
 RANKS = {
     "config": 0, "errors": 0, "messages": 0, "logs": 0,
-    "engine": 1, "store": 1, "gguf": 1, "tinymodel": 1, "benchmodel": 1, "tls": 1,
+    "engine": 1, "secretfiles": 1, "store": 1, "gguf": 1, "tinymodel": 1, "benchmodel": 1, "tls": 1,
     "access": 2, "providers": 2,
     "chat": 3, "catalog": 3, "doctor": 3, "installation": 3, "administration": 4,
     "api": 5,
@@ -24,6 +24,7 @@ ONE_IMPORTER = {
     "sqlcipher3": {"appliance.store"},
     "uvicorn": {"appliance.server"},
     "click": {"appliance.cli"},
+    "httpx": {"appliance.providers.upstream"},
 }
 
 NEVER = {("engine", "store"), ("providers", "store"), ("engine", "access"), ("store", "access")}

@@ -332,7 +332,7 @@ def test_a_small_training_resumes_and_makes_a_file_that_llama_cpp_computes_alike
     settings = EngineSettings(slots=1, context=256, threads=1, kv_type="f32", flash_attention="off")
     model = Model(tmp_path / "guide.gguf", settings)
     context = Context(model, settings, ids=1, unified=True)
-    ids, _ = whole.tokens.conversation([("user", "How do I revoke a key?"), ("assistant", "Like this.")])
+    ids = whole.tokens.prompt([("user", "How do I revoke a key?")]) + whole.tokens.answer(0, "Like this.")
     n = len(ids)
     context.tokens[:n], context.positions[:n] = ids, np.arange(n)
     context.sequence_ids[:n], context.outputs[:n] = 0, 0

@@ -100,7 +100,9 @@ def test_what_changes_state_is_no_get() -> None:
         "/readyz",
         "/metrics",
         "/api/usage",
+        "/api/egress",
         "/v1/models",
+        "/v1/models/{name:path}",
     ]
 
 

@@ -11,7 +11,8 @@ from appliance.config import PlanSettings
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Calls per UTC minute, hour and month (None: unlimited), calls at once, and the share under contention."""
+    """Calls per UTC minute, hour and month (None: unlimited), calls at once, the share under contention, and how long
+    one would have to wait for it to go elsewhere, in seconds."""
 
     name: str
     per_minute: int
@@ -19,6 +20,7 @@ class Plan:
     per_month: int | None
     concurrent: int
     weight: float
+    fallback_wait: float = 10.0
 
 
 class Plans(Mapping[str, Plan]):
@@ -31,7 +33,9 @@ class Plans(Mapping[str, Plan]):
     def replace(self, settings: Mapping[str, PlanSettings]) -> None:
         """From now on these numbers count."""
         self._plans = {
-            name: Plan(name, s.per_minute, s.per_hour, s.per_month or None, s.concurrent, s.weight)
+            name: Plan(
+                name, s.per_minute, s.per_hour, s.per_month or None, s.concurrent, s.weight, s.fallback_wait_seconds
+            )
             for name, s in settings.items()
         }
 

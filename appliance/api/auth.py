@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from appliance.access.keyring import KeyRing
 from appliance.access.keys import bearer
+from appliance.api.render import family
 
 
 class Auth:
@@ -25,9 +26,20 @@ class Auth:
             values = [value for name, value in scope["headers"] if name == b"authorization"]
             ip = scope["client"][0] if scope["client"] else ""
             key = bearer(values)
+            if family(scope["path"]) == "anthropic":
+                own = [value for name, value in scope["headers"] if name == b"x-api-key"]
+                key, values = _of_both(key, values, own), values + own
             caller = self.keyring.find(key, time.time(), ip)
             monitors = bool(self._metrics_token) and hmac.compare_digest((key or "").encode(), self._metrics_token)
             scope["state"] |= {
                 "caller": caller, "monitors": monitors, "wrong_key": caller is None and bool(values) and not monitors,
             }  # fmt: skip
         await self.app(scope, receive, send)
+
+
+def _of_both(key: str | None, values: list[bytes], own: list[bytes]) -> str | None:
+    """The key of a client of Anthropic's, which says it in `X-Api-Key`; None where a bearer says another."""
+    if not own:
+        return key
+    found = own[0].decode("latin-1") if len(own) == 1 else None
+    return found if not values or key == found else None

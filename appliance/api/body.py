@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from appliance.api.wording import quoted, sentence
+from appliance.api.wording import place, quoted, sentence
 from appliance.errors import BadRequest, PayloadTooLarge, UnsupportedMediaType
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -41,7 +41,7 @@ def decode(body: bytes, struct: type[T]) -> T:
     try:
         return msgspec.convert(value, struct, strict=True)
     except msgspec.ValidationError as error:
-        raise BadRequest(sentence(str(error), value, struct)) from None
+        raise BadRequest(sentence(str(error), value, struct), param=place(str(error))) from None
 
 
 def _check_headers(request: Request, max_bytes: int) -> None:

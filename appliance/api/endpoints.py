@@ -16,7 +16,7 @@ from starlette.routing import compile_path
 from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
-from appliance.api import health, llm, metrics, openai, usage
+from appliance.api import anthropic, egress, health, llm, metrics, openai, usage
 from appliance.api.gate import Gate
 from appliance.api.services import Services
 from appliance.errors import MethodNotAllowed, NotFound
@@ -45,12 +45,23 @@ def under_api(path: str) -> tuple[str, ...]:
     return (f"/api{path}", f"/api/v1{path}")
 
 
+def as_groq(path: str) -> tuple[str, ...]:
+    """Where Groq's own clients expect OpenAI's routes."""
+    return (f"/openai/v1{path}",)
+
+
 ENDPOINTS = (
     Endpoint("GET", "/healthz", health.healthz, None),
     Endpoint("GET", "/readyz", health.readyz, None),
     Endpoint("GET", "/metrics", metrics.metrics, None),
     Endpoint("GET", "/api/usage", usage.own_usage, "full", ("/api/v1/usage",), leases=False),
-    Endpoint("GET", "/v1/models", openai.models, "llm", leases=False),
+    Endpoint("GET", "/api/egress", egress.own_egress, "full", ("/api/v1/egress",)),
+    Endpoint("GET", "/v1/models", openai.models, "llm", as_groq("/models"), leases=False),
+    Endpoint("GET", "/v1/models/{name:path}", openai.model, "llm", as_groq("/models/{name:path}"), leases=False),
+    Endpoint("POST", "/v1/chat/completions", openai.chat_completions, "llm", as_groq("/chat/completions"), queues=True),
+    Endpoint("POST", "/v1/completions", openai.completions, "llm", queues=True),
+    Endpoint("POST", "/v1/messages", anthropic.messages, "llm", queues=True),
+    Endpoint("POST", "/v1/messages/count_tokens", anthropic.count_tokens, "llm"),
     Endpoint("POST", "/llm/chat", llm.chat, "llm", under_api("/llm/chat"), queues=True),
 )
 
@@ -66,7 +77,7 @@ class Routes:
             for path in (endpoint.path, *endpoint.aliases):
                 paths[path][endpoint.method] = endpoint
         self._exact = {path: (path, methods) for path, methods in paths.items() if "{" not in path}
-        self._patterns = [(*compile_path(path), path, methods) for path, methods in paths.items() if "{" in path]
+        self._patterns = [(compile_path(path), path, methods) for path, methods in paths.items() if "{" in path]
 
     async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive, send)
@@ -82,8 +93,9 @@ class Routes:
     def _find(self, request: Request) -> tuple[str, Endpoint]:
         """The row, and under which of its paths. Raises NotFound or MethodNotAllowed, for which strangers pay."""
         scope = request.scope
-        found = self._exact.get(scope["path"]) or self._match(scope)
-        if found is None or b"%" in scope["raw_path"]:  # no path of ours needs it, and a proxy may not see through it
+        # Only a parameter may be spelt with %: a proxy's rules may not see through it.
+        found = self._match(scope) or (self._exact.get(scope["path"]) if b"%" not in scope["raw_path"] else None)
+        if found is None:
             self._gate.refuse(request)
             raise NotFound("There is no such endpoint.")
         path, methods = found
@@ -96,8 +108,9 @@ class Routes:
         return path, endpoint
 
     def _match(self, scope: ASGIScope) -> tuple[str, dict[str, Endpoint]] | None:
-        for pattern, _, convertors, path, methods in self._patterns:
-            if match := pattern.match(scope["path"]):
+        for (pattern, _, convertors), path, methods in self._patterns:
+            begin = path[: path.index("{")]
+            if scope["raw_path"].startswith(begin.encode()) and (match := pattern.match(scope["path"])):
                 scope["path_params"] = {name: convertors[name].convert(v) for name, v in match.groupdict().items()}
                 return path, methods
         return None

@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from appliance.api.render import error_body, error_headers
+from appliance.api.render import error_body, error_event, error_headers, error_status
 from appliance.errors import (
     ApplianceError,
     BadRequest,
@@ -75,14 +75,14 @@ class _Answer:
 
 
 async def _answer(error: ApplianceError, scope: Scope, send: Send) -> None:
-    body = error_body(error, scope["state"]["request_id"])
+    body = error_body(error, scope["state"]["request_id"], scope["path"])
     headers = [*error_headers(error), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.start", "status": error_status(error, scope["path"]), "headers": headers})
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
 
 async def _last_event(error: ApplianceError, scope: Scope, send: Send) -> None:
-    event = b"data: " + error_body(error, scope["state"]["request_id"]) + b"\n\n"
+    event = error_event(error, scope["state"]["request_id"], scope["path"])
     await send({"type": "http.response.body", "body": event})
 
 

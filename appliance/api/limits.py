@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,6 +21,7 @@ from appliance.access.admission import Admission, Entry, Terms
 from appliance.access.leases import State
 from appliance.access.windows import DAY, NAMES, Payer, View, bounds
 from appliance.access.windows import Limits as WindowLimits
+from appliance.api.render import Family, family
 from appliance.errors import ApplianceError, Unauthorized
 from appliance.messages import Caller
 from appliance.store.usage import Spent
@@ -36,7 +38,7 @@ class TermsOf(Protocol):
 FREE = (401, 403, 404, 429)
 _SHOWN = (
     b"X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, X-RateLimit-Window, X-RateLimit-Warning, "
-    b"RateLimit-Policy, RateLimit, Retry-After, X-Queue-Wait-Ms, X-Request-Id"
+    b"RateLimit-Policy, RateLimit, Retry-After, X-Queue-Wait-Ms, X-Request-Id, X-Served-By, X-Fallback-Reason"
 )
 
 
@@ -53,6 +55,7 @@ class Turn:
         self.entry: Entry | None = None
         self.spent: Callable[[], Spent] | None = None
         self.record: Callable[[Spent], None] | None = None
+        self.told: Headers = []  # what else the answer's head says, once that is known
 
     @property
     def caller(self) -> Caller | None:
@@ -98,9 +101,9 @@ class Turn:
             return None
         return self._admission.leases.place(lease), max(1, math.ceil(self._admission.estimate(lease)))
 
-    def headers(self, status: int) -> Headers:
+    def headers(self, status: int, path: str) -> Headers:
         """What an answer of this status says of the caller's limits: as they were when the call was charged."""
-        shown: Headers = []
+        shown: Headers = list(self.told)
         if self.entry is not None and self.entry.waited:
             shown.append((b"x-queue-wait-ms", b"%d" % (1_000 * self.entry.waited)))
         terms, now = self._terms(), self._admission.now()
@@ -108,7 +111,9 @@ class Turn:
         view = charge.view if charge is not None and status not in FREE and status < 500 else None
         if view is None or view.reset <= now:
             view = self._admission.view(terms, refused=status == 429)
-        return shown + (limit_headers(view, terms.payers, now) if view is not None else [])
+        if view is not None:
+            shown += limit_headers(view, terms.payers, now) + _told[family(path)](view, now)
+        return shown
 
     def end(self, *, give_back: bool) -> None:
         """The call is over, or will count no more."""
@@ -153,7 +158,7 @@ class Limits:
                 status = message["status"]
                 if status in FREE or status >= 500:
                     turn.end(give_back=True)  # before the headers say what is left
-                message = {**message, "headers": [*message.get("headers", []), *turn.headers(status)]}
+                message = {**message, "headers": [*message.get("headers", []), *turn.headers(status, scope["path"])]}
             await send(message)
 
         try:
@@ -191,6 +196,31 @@ def limit_headers(view: View, payers: Sequence[Payer], now: float) -> Headers:
     if view.nearly:
         shown.append((b"x-ratelimit-warning", b"approaching-limit"))
     return shown
+
+
+def _as_openai(view: View, now: float) -> Headers:
+    """What OpenAI's clients read; the reset as a duration of Go's."""
+    return [
+        (b"x-ratelimit-limit-requests", b"%d" % view.limit),
+        (b"x-ratelimit-remaining-requests", b"%d" % view.remaining),
+        (b"x-ratelimit-reset-requests", b"%ds" % max(1, math.ceil(view.reset - now))),
+    ]
+
+
+def _as_anthropic(view: View, now: float) -> Headers:
+    """What Anthropic's clients read; the reset as a time (RFC 3339)."""
+    return [
+        (b"anthropic-ratelimit-requests-limit", b"%d" % view.limit),
+        (b"anthropic-ratelimit-requests-remaining", b"%d" % view.remaining),
+        (b"anthropic-ratelimit-requests-reset", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(view.reset)).encode()),
+    ]
+
+
+_told: dict[Family, Callable[[View, float], Headers]] = {
+    "seed": lambda view, now: [],
+    "openai": _as_openai,
+    "anthropic": _as_anthropic,
+}
 
 
 @lru_cache

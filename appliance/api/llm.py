@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -13,29 +12,14 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from appliance.api.answers import Exchange
 from appliance.api.body import read_json
-from appliance.api.limits import Turn
-from appliance.api.render import error_body
 from appliance.api.services import Services
-from appliance.api.streams import EventStream, while_connected
-from appliance.chat import Answer, Completion, collect
-from appliance.errors import ApplianceError, BadRequest, InternalError
-from appliance.messages import (
-    Caller,
-    Chunk,
-    CompletionRequest,
-    FinishReason,
-    Message,
-    Role,
-    Sampling,
-    Usage,
-)
-from appliance.store.usage import Spent
+from appliance.chat import Answer
+from appliance.errors import BadRequest
+from appliance.messages import Caller, Chunk, CompletionRequest, FinishReason, Message, Role, Sampling, Usage
 
 MOST_STOPS = 16
-PLACE_SECONDS = 0.5  # how often a waiting stream looks at its place in line
-Begin = Callable[[], Awaitable[Answer]]
-First = asyncio.Future[tuple[Answer, Chunk]]
 ANY_JSON_OBJECT: dict[str, Any] = {"type": "object"}
 
 
@@ -78,7 +62,7 @@ class ChatBody(Struct, forbid_unknown_fields=True):
     """The request of `/llm/chat`."""
 
     messages: Annotated[list[MessageBody], Meta(min_length=1, max_length=10_000)]
-    provider: Literal["auto", "local", "groq"] | None = None
+    provider: Annotated[str, Meta(min_length=1, max_length=40)] | None = None
     model: Annotated[str, Meta(max_length=200)] | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -143,28 +127,16 @@ class Done(Struct, kw_only=True):
 
 async def chat(request: Request, services: Services) -> Response:
     """Answers one chat completion."""
-    settings = services.config.server
-    body = await read_json(request, ChatBody, settings.max_body_bytes)
+    body = await read_json(request, ChatBody, services.config.server.max_body_bytes)
     request_id: str = request.state.request_id
     caller: Caller = request.state.caller
     asked = completion_request(body, caller, services.plans[caller.plan].weight, services.local.defaults, request_id)
-    turn: Turn = request.state.turn
-
-    async def begin() -> Answer:
-        await turn.wait()
-        answer = services.chat.start(asked, provider=body.provider or "auto", fallback=body.fallback)
-        turn.spent = partial(_spent, answer)
-        return answer
-
-    if not body.stream:
-        answer, done = await while_connected(request.receive, _whole(turn, begin))
-        reply = ChatReply(
-            done.text, answer.provider, answer.model, usage_body(done.usage), done.finish_reason, request_id
-        )
-        return Response(msgspec.json.encode(reply), media_type="application/json")
-    first = asyncio.ensure_future(_first(turn, begin))
-    await while_connected(request.receive, _settle(first, settings.stream_header_hold_seconds))
-    return EventStream(_events(turn, first, request_id), settings.ping_seconds, {})
+    exchange = Exchange(request, services, asked, body.provider, body.fallback)
+    if body.stream:
+        return await exchange.stream(partial(_events, request_id))
+    answer, [done] = await exchange.whole()
+    reply = ChatReply(done.text, answer.provider, answer.model, usage_body(done.usage), done.finish_reason, request_id)
+    return Response(msgspec.json.encode(reply), media_type="application/json")
 
 
 def completion_request(
@@ -180,6 +152,7 @@ def completion_request(
         stop=body.stops(),
         json_schema=body.response_format.constraint() if body.response_format else None,
         ignore_eos=body.ignore_eos,
+        model=body.model or "",
         request_id=request_id,
     )
 
@@ -188,88 +161,22 @@ def usage_body(usage: Usage) -> UsageBody:
     return UsageBody(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, usage.cached_tokens)
 
 
-def _spent(answer: Answer) -> Spent:
-    m = answer.meter
-    return Spent(answer.provider, answer.model, m.prompt_tokens, m.completion_tokens, m.cached_tokens, m.seconds)
-
-
-async def _whole(turn: Turn, begin: Begin) -> tuple[Answer, Completion]:
-    with turn.working():
-        answer = await begin()
-        return answer, await collect(answer.chunks)
-
-
-async def _first(turn: Turn, begin: Begin) -> tuple[Answer, Chunk]:
-    with turn.working():
-        answer = await begin()
-        return answer, await anext(answer.chunks)
-
-
-async def _settle(first: First, seconds: float) -> None:
-    """Waits for the first chunk a moment, so that a refusal is still a real status: it raises here."""
-    try:
-        await asyncio.wait({first}, timeout=seconds)
-        if first.done():
-            first.result()
-    except BaseException:
-        await _abandon(first)
-        raise
-
-
-async def _abandon(first: First) -> None:
-    """Ends an answer, whether it has begun or not."""
-    first.cancel()
-    [found] = await asyncio.gather(first, return_exceptions=True)
-    if not isinstance(found, BaseException):
-        await found[0].chunks.aclose()
-
-
-async def _events(turn: Turn, first: First, request_id: str) -> AsyncGenerator[bytes]:
-    """The stream's events, with its place in line as comments before them; an error becomes the last one."""
+async def _events(request_id: str, answer: Answer, chunks: AsyncIterator[Chunk]) -> AsyncGenerator[bytes]:
+    """A delta per chunk, and the whole answer at the end."""
     texts: list[str] = []
-    try:
-        async for comment in _places(turn, first):
-            yield comment
-        answer, chunk = await first
-        with turn.working():
-            while True:
-                texts.append(chunk.text)
-                if chunk.usage is not None:
-                    break
-                if chunk.text:
-                    yield _event(Delta(chunk.text))
-                chunk = await anext(answer.chunks)
+    async for chunk in chunks:
         if chunk.text:
+            texts.append(chunk.text)
             yield _event(Delta(chunk.text))
-        assert chunk.finish_reason is not None
-        yield _event(
-            Done(
-                text="".join(texts),
-                provider=answer.provider,
-                model=answer.model,
-                usage=usage_body(chunk.usage),
-                finish_reason=chunk.finish_reason,
-                request_id=request_id,
-            )
-        )
-    except ApplianceError as error:
-        if error.status >= 500 and not texts:
-            turn.end(give_back=True)  # as where the status could still say so
-        yield b"data: " + error_body(error, request_id) + b"\n\n"
-    except StopAsyncIteration:
-        yield b"data: " + error_body(InternalError("The answer ended early."), request_id) + b"\n\n"
-    finally:
-        await _abandon(first)
-
-
-async def _places(turn: Turn, first: First) -> AsyncGenerator[bytes]:
-    """What the account's line looks like to a call that waits in it, whenever that has changed."""
-    said = None
-    while not first.done() and (place := turn.place()) is not None:
-        if place != said:
-            said = place
-            yield b": queued, place %d, about %d s\n\n" % place
-        await asyncio.wait({first}, timeout=PLACE_SECONDS)
+        if chunk.usage is not None:
+            assert chunk.finish_reason is not None
+            usage, text = usage_body(chunk.usage), "".join(texts)
+            yield _event(
+                Done(
+                    text=text, provider=answer.provider, model=answer.model, usage=usage,
+                    finish_reason=chunk.finish_reason, request_id=request_id,
+                )
+            )  # fmt: skip
 
 
 def _event(body: Struct) -> bytes:

@@ -3,18 +3,14 @@ administrator has set; to all others it is not there."""
 
 from __future__ import annotations
 
-import os
-import re
-import stat
 from collections.abc import Iterator
 from ipaddress import ip_address
-from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from appliance.api.services import Services
-from appliance.errors import ConfigError, NotFound
+from appliance.errors import NotFound
 
 SHORTEST_TOKEN = 16
 PROXIES = {"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip"}
@@ -59,23 +55,6 @@ def _is_here(request: Request) -> bool:
         return request.client is not None and ip_address(request.client.host).is_loopback
     except ValueError:
         return False
-
-
-def metrics_token(file: str) -> str:
-    """The token in the file that the settings name; empty without one. Raises ConfigError for one that is no secret."""
-    if not file:
-        return ""
-    try:
-        if stat.S_IMODE(os.stat(file).st_mode) & 0o077:
-            raise ConfigError(f"server.metrics_token_file: {file} can be read by others: run chmod 600 {file}.")
-        token = Path(file).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"server.metrics_token_file: {file} cannot be read.") from error
-    if not re.fullmatch(rf"[!-~]{{{SHORTEST_TOKEN},}}", token):
-        raise ConfigError(
-            f"server.metrics_token_file: {file} must hold a token of {SHORTEST_TOKEN} or more characters."
-        )
-    return token
 
 
 def _lines(services: Services) -> Iterator[str]:

@@ -1,22 +1,79 @@
-"""How an error looks over HTTP: the seed's shape. The only place that renders one."""
+"""How an error looks over HTTP, in the three forms that clients expect. The only place that renders one."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from appliance.errors import ApplianceError
+from appliance.errors import ApplianceError, ModelNotFound, MonthlyLimitReached, PromptTooLong
 
+OVERLOADED = 529
 WORTH_WAITING = 60  # seconds; clients that retry by themselves are told not to for longer waits
 
+Family = Literal["seed", "openai", "anthropic"]
 
-def error_body(error: ApplianceError, request_id: str) -> bytes:
+# The names that OpenAI's and Anthropic's clients know a status by.
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_OPENAI_CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error",
+}  # fmt: skip
+
+
+def family(path: str) -> Family:
+    """In whose form the answers of a path are."""
+    if not path.startswith(("/v1/", "/openai/v1/")):
+        return "seed"
+    return "anthropic" if path.startswith("/v1/messages") else "openai"
+
+
+def error_status(error: ApplianceError, path: str) -> int:
+    """Anthropic's clients know a full box by another number."""
+    return OVERLOADED if error.status == 503 and family(path) == "anthropic" else error.status
+
+
+def error_body(error: ApplianceError, request_id: str, path: str = "") -> bytes:
+    """The JSON of an error on `path`."""
+    render = {"seed": _seed, "openai": _openai, "anthropic": _anthropic}[family(path)]
+    return msgspec.json.encode(render(error, request_id))
+
+
+def _seed(error: ApplianceError, request_id: str) -> dict[str, Any]:
     """`{"success": false, "error": …, "code": …}`, with `retry_after` on 429 and 503."""
     body: dict[str, Any] = {"success": False, "error": error.message, "code": error.code}
     if _retries(error):
         body["retry_after"] = error.retry_after
-    return msgspec.json.encode(body | {"request_id": request_id})
+    return body | {"request_id": request_id}
+
+
+def _openai(error: ApplianceError, request_id: str) -> dict[str, Any]:
+    """`{"error": {"message": …, "type": …, "param": …, "code": …}}`; the code is always a text."""
+    kind = _OPENAI_TYPES.get(error.status) or ("server_error" if error.status >= 500 else "invalid_request_error")
+    code = _OPENAI_CODES.get(error.status, error.code.lower())
+    more: dict[str, Any] = {}
+    if isinstance(error, ModelNotFound):
+        code = "model_not_found"
+    elif isinstance(error, PromptTooLong):
+        code = "context_length_exceeded"
+        more = {"n_prompt_tokens": error.prompt_tokens, "n_ctx": error.context_tokens}
+    elif isinstance(error, MonthlyLimitReached):
+        kind = code = "insufficient_quota"
+    about = {"message": error.message, "type": kind, "param": error.param, "code": code}
+    return {"error": about | more, "request_id": request_id}
+
+
+def _anthropic(error: ApplianceError, request_id: str) -> dict[str, Any]:
+    """`{"type": "error", "error": {"type": …, "message": …}, "request_id": …}`."""
+    kind = _ANTHROPIC_TYPES.get(error.status) or ("api_error" if error.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+
+
+def error_event(error: ApplianceError, request_id: str, path: str = "") -> bytes:
+    """The last event of a stream that an error ends."""
+    name = b"event: error\n" if family(path) == "anthropic" else b""
+    return name + b"data: " + error_body(error, request_id, path) + b"\n\n"
 
 
 def error_headers(error: ApplianceError) -> list[tuple[bytes, bytes]]:

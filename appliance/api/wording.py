@@ -14,6 +14,7 @@ from msgspec import inspect
 LONGEST = 60  # characters of a caller's own text in a sentence
 
 _AT = re.compile(r" - at (?:`key` in )?`\$(?P<path>[^`]*)`$")
+_FIELD = re.compile(r"^Object (?:missing required|contains unknown) field `([^`]*)`")
 _STEP = re.compile(r"\.(?P<name>[^.\[\]]+)|\[(?P<index>\d+|\.\.\.)\]")
 _MISSING = object()  # a value that the path does not lead to
 
@@ -31,6 +32,15 @@ def sentence(problem: str, value: Any, struct: type[msgspec.Struct]) -> str:
     if problem.startswith("Object missing required field") and isinstance(found, dict):
         return _absent(path, kind, found)
     return f"{_name(path) or 'The body'} must be {_words(kind)}{_instead(found)}."
+
+
+def place(problem: str) -> str | None:
+    """Where in the body msgspec found the `problem`, such as `messages[0].role`; None for the body itself."""
+    match = _AT.search(problem)
+    path = _name(match["path"]) if match else ""
+    if field := _FIELD.search(problem):
+        path = f"{path}.{field[1]}" if path else field[1]
+    return path or None
 
 
 def quoted(text: str) -> str:

@@ -439,7 +439,8 @@ class Engine:
         self.metrics.finished += usage is not None
         self.metrics.cached_tokens += sequence.cached_tokens
         text += choice.stream.finish()
-        self._outbox.append((ticket.sink, Chunk(text, choice.index, reason, usage, choice.take_logprobs())))
+        stop = choice.stream.stop if choice.stream.stopped else ""
+        self._outbox.append((ticket.sink, Chunk(text, choice.index, reason, usage, choice.take_logprobs(), stop)))
 
     # ── arrivals and departures, on the decode thread ────────────────────────────────────────────────────────────
 

@@ -108,6 +108,43 @@ class PromptEncoder:
         except RuntimeError as error:
             raise Draining("The model is being unloaded and takes no new requests.", retry_after=5) from error
 
+    def encode_plain(
+        self, prompt: str | Sequence[int], *, context_tokens: int, longest_run: int
+    ) -> Future[EncodedPrompt]:
+        """A text or tokens to be continued as they are; fails as `encode`."""
+        try:
+            return self._pool.submit(self._encode_plain, prompt, _Limits(context_tokens, longest_run))
+        except RuntimeError as error:
+            raise Draining("The model is being unloaded and takes no new requests.", retry_after=5) from error
+
+    def _encode_plain(self, prompt: str | Sequence[int], limits: _Limits) -> EncodedPrompt:
+        tokens = self._plain(prompt, limits) if isinstance(prompt, str) else self._checked(prompt)
+        if not tokens:
+            raise BadRequest("The prompt is empty, and this model begins no text by itself.", param="prompt")
+        if len(tokens) > limits.context:
+            raise PromptTooLong(len(tokens), limits.context)
+        return EncodedPrompt(np.array(tokens, np.int32))
+
+    def _plain(self, text: str, limits: _Limits) -> list[int]:
+        """Control tokens that the text spells are text here, too."""
+        try:
+            limits.check_least(-(-len(text.encode()) // self._vocabulary.longest_piece))
+        except UnicodeEncodeError as error:
+            raise BadRequest("prompt holds a lone surrogate, which is no character.", param="prompt") from error
+        limits.check_run("prompt", text)
+        tokens = [self._vocabulary.bos] if self._vocabulary.add_bos else []
+        for part in self._parts(text) if text else ():
+            tokens += self._vocabulary.tokenize(part.encode(), add_special=False, parse_special=False)
+        return tokens
+
+    def _checked(self, tokens: Sequence[int]) -> Sequence[int]:
+        known = len(self._vocabulary.token_bytes)
+        if any(not 0 <= token < known for token in tokens):
+            raise BadRequest(
+                f"prompt holds a number that is no token: this model has 0 to {known - 1}.", param="prompt"
+            )
+        return tokens
+
     def _encode(self, messages: tuple[Message, ...], limits: _Limits, own_prefix: int) -> EncodedPrompt:
         limits.check_least(-(-_count_bytes(messages) // self._vocabulary.longest_piece))
         for i, message in enumerate(messages):

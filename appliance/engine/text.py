@@ -14,10 +14,11 @@ from collections.abc import Sequence
 class TextStream:
     """One choice's text. Nothing returned is ever taken back, and no part of a stop string is ever returned.
 
-    Bytes that are no UTF-8 become U+FFFD. `stopped` is True from the moment a stop string is certain.
+    Bytes that are no UTF-8 become U+FFFD. `stopped` is True from the moment a stop string is certain; `stop` is that
+    string then.
     """
 
-    __slots__ = ("_cut", "_decoder", "_held", "_matchers", "_read", "stopped")
+    __slots__ = ("_cut", "_decoder", "_held", "_matchers", "_read", "stop", "stopped")
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -26,6 +27,7 @@ class TextStream:
         self._read = 0  # characters decoded until now
         self._cut: int | None = None  # where the earliest complete stop string begins
         self.stopped = False
+        self.stop = ""
 
     def feed(self, piece: bytes) -> str:
         """The text that has become certain with these bytes; nothing after the stop."""
@@ -62,7 +64,8 @@ class TextStream:
             end = matcher.find(new)
             if end is not None:
                 begin = self._read + end - len(matcher.stop)
-                self._cut = begin if self._cut is None else min(self._cut, begin)
+                if self._cut is None or begin < self._cut:
+                    self._cut, self.stop = begin, matcher.stop
 
 
 class _Matcher:

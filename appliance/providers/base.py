@@ -9,14 +9,13 @@ from appliance.messages import Chunk, CompletionRequest
 
 
 class Provider(Protocol):
-    """Answers completions under `name` with `model`."""
+    """Answers completions under `name`."""
 
     @property
     def name(self) -> str: ...
 
-    @property
-    def model(self) -> str:
-        """Name of the model that answers now. Raises ModelNotReady when there is none."""
+    def model_for(self, request: CompletionRequest) -> str:
+        """Name of the model that would answer. Raises ModelNotReady when there is none."""
         ...
 
     def complete(self, request: CompletionRequest) -> AsyncGenerator[Chunk]:

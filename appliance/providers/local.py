@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from appliance.engine.prompt import ChatTemplate, PromptEncoder
 from appliance.engine.request import Event, Generate, Sink
 from appliance.engine.sequence import Sequence
 from appliance.errors import ApplianceError, BadRequest, EngineBroken, ModelNotReady
-from appliance.messages import NOTES, Chunk, CompletionRequest, Meter, Nature, Sampling, Usage
+from appliance.messages import NOTES, Chunk, CompletionRequest, Message, Meter, Nature, Sampling, Usage
 
 log = logging.getLogger("appliance.local")
 
@@ -124,9 +125,12 @@ class LocalProvider:
 
     # ── answering ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    @property
-    def model(self) -> str:
+    def model_for(self, request: CompletionRequest) -> str:
         return self.loaded.name
+
+    def wait(self) -> float:
+        """Seconds until a new completion is begun, as far as can be told; infinite while there is no model."""
+        return self._loaded.engine.expected_wait() if self._loaded else math.inf
 
     @property
     def defaults(self) -> Sampling:
@@ -161,6 +165,7 @@ class LocalProvider:
         """See `Provider.complete`. Closing the generator frees the request's cells at the engine's next step."""
         loaded = self.loaded
         generate = await self._encode(loaded, request)
+        request.meter.asked = len(generate.tokens)
         mailbox = _Mailbox()
         ticket = loaded.engine.submit(generate, mailbox.put)
         sequences = list(ticket.choices)
@@ -176,6 +181,15 @@ class LocalProvider:
             ticket.cancel()
             _read_meter(request.meter, ticket.usage, sequences)
 
+    async def count(self, messages: tuple[Message, ...]) -> int:
+        """Tokens of a conversation as a prompt. Raises ModelNotReady, BadRequest or PromptTooLong."""
+        loaded = self.loaded
+        encoded = await asyncio.wrap_future(loaded.encoder.encode(messages, **self._limits(loaded.engine)))
+        return len(encoded.tokens)
+
+    def _limits(self, engine: Engine) -> dict[str, int]:
+        return {"context_tokens": engine.largest_prompt, "longest_run": self._settings.longest_run}
+
     async def _encode(self, loaded: Loaded, request: CompletionRequest) -> Generate:
         """Template, tokens and schema, off the event loop."""
         engine = loaded.engine
@@ -183,14 +197,12 @@ class LocalProvider:
             raise BadRequest(
                 f"max_tokens is {request.max_tokens}; the context takes {engine.max_sequence} tokens here."
             )
-        prompt = await asyncio.wrap_future(
-            loaded.encoder.encode(
-                request.messages,
-                context_tokens=engine.largest_prompt,
-                longest_run=self._settings.longest_run,
-                own_prefix=request.own_prefix,
-            )
-        )
+        limits = self._limits(engine)
+        if request.prompt is None:
+            encoding = loaded.encoder.encode(request.messages, own_prefix=request.own_prefix, **limits)
+        else:
+            encoding = loaded.encoder.encode_plain(request.prompt, **limits)
+        prompt = await asyncio.wrap_future(encoding)
         schema = None
         if request.json_schema is not None:
             schema = await asyncio.to_thread(loaded.schemas.compile, request.json_schema)

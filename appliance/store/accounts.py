@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from appliance.errors import BadRequest, Conflict, NotFound
+from appliance.messages import PROMPTS, Prompts
 from appliance.store import audit
 from appliance.store.database import Store
 from appliance.store.ids import COMMAND_LINE, checked_name, new_id, now
@@ -21,6 +22,7 @@ class Account:
     email: str | None
     created: int
     disabled: int | None
+    prompts: Prompts = "never"  # whether they may leave the box
 
 
 def create(store: Store, name: str, plan: str, email: str | None = None, *, by: str = COMMAND_LINE) -> Account:
@@ -49,6 +51,20 @@ def set_plan(store: Store, name: str, plan: str, *, by: str = COMMAND_LINE) -> A
     def change(db: Any) -> None:
         db.execute("update accounts set plan = ? where id = ?", [plan, account.id])
         audit.record(db, by, "account.set-plan", account=account.id, before=account.plan, plan=plan)
+
+    store.write(change, durable=True).result()
+    return by_name(store, account.id)
+
+
+def set_egress(store: Store, name: str, prompts: str, *, by: str = COMMAND_LINE) -> Account:
+    """Whether prompts of the account may leave the box, from the next call on. Raises NotFound or BadRequest."""
+    account = by_name(store, name)
+    if prompts not in PROMPTS:
+        raise BadRequest(f"Prompts may be {', '.join(PROMPTS)}, not {prompts[:50]!r}.")
+
+    def change(db: Any) -> None:
+        db.execute("update accounts set prompts = ? where id = ?", [prompts, account.id])
+        audit.record(db, by, "account.set-egress", account=account.id, before=account.prompts, prompts=prompts)
 
     store.write(change, durable=True).result()
     return by_name(store, account.id)
@@ -87,7 +103,7 @@ def delete(store: Store, name: str, *, by: str = COMMAND_LINE) -> Account:
 
 def listing(store: Store, *, deleted: bool = False) -> list[Account]:
     """All accounts, oldest first; deleted ones, of which only the id is left, if asked for."""
-    query = """select id, name, plan, email, created, disabled from accounts where deleted is null or ?
+    query = """select id, name, plan, email, created, disabled, prompts from accounts where deleted is null or ?
         order by created, rowid"""
     return [Account(*row) for row in store.read(lambda db: db.execute(query, [deleted]).fetchall())]
 
@@ -100,7 +116,7 @@ def plans_in_use(store: Store) -> set[str]:
 
 def by_name(store: Store, name: str) -> Account:
     """The account of this name or id. Raises NotFound, for a deleted one too."""
-    query = """select id, name, plan, email, created, disabled from accounts
+    query = """select id, name, plan, email, created, disabled, prompts from accounts
         where (name = ? or id = ?) and deleted is null"""
     row = store.read(lambda db: db.execute(query, [name, name]).fetchone())
     if row is None:

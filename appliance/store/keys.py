@@ -9,7 +9,7 @@ from ipaddress import ip_network
 from typing import Any
 
 from appliance.errors import BadRequest, Conflict, NotFound
-from appliance.messages import AS_ACCOUNT, SCOPES, Caller, KeyLimits, Scope
+from appliance.messages import AS_ACCOUNT, PROMPTS, SCOPES, Caller, KeyLimits, Prompts, Scope
 from appliance.store import audit
 from appliance.store.database import Store
 from appliance.store.ids import COMMAND_LINE, checked_name, new_id, now
@@ -38,6 +38,7 @@ class Key:
     limits: KeyLimits
     successor: str | None
     lineage: str  # the first key's id, under which the limits of all that replaced it are counted
+    prompts: Prompts | None  # whether they may leave the box, where the account's do; None: as there
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Valid:
 
 _COLUMNS = """k.id, k.account_id, a.name, k.name, k.scope, k.prefix, k.last_four, k.created, k.created_by, k.expires,
     k.last_used, k.revoked, k.networks, k.limits, k.successor,
-    coalesce(k.lineage, k.id) from keys k join accounts a on a.id = k.account_id"""
+    coalesce(k.lineage, k.id), k.prompts from keys k join accounts a on a.id = k.account_id"""
 
 
 def create(
@@ -75,15 +76,18 @@ def create(
     expires: int | None = None,
     networks: Sequence[str] = (),
     limits: KeyLimits = AS_ACCOUNT,
+    prompts: str | None = None,
 ) -> Key:
     """Records a new key, durable when it returns. Raises BadRequest or NotFound."""
     if scope not in SCOPES:
         raise BadRequest(f"There is no scope {scope[:50]!r}; the scopes are {', '.join(SCOPES)}.")
+    if prompts is not None and prompts not in PROMPTS:
+        raise BadRequest(f"Prompts may be {', '.join(PROMPTS)}, not {prompts[:50]!r}.")
     key_id, name, created = new_id("key"), checked_name(name, "a key"), now()
     if expires is not None and not created < expires <= created + LONGEST_LIFE:
         raise BadRequest("A key must end in the future, within a hundred years.")
     row = [key_id, account_id, name, scope, new.digest, new.prefix, new.last_four, created, created_by, expires]
-    row += [json.dumps(_checked_networks(networks)), json.dumps(_checked_limits(limits)), key_id]
+    row += [json.dumps(_checked_networks(networks)), json.dumps(_checked_limits(limits)), key_id, prompts]
 
     def insert(db: Any) -> None:
         if not db.execute("select 1 from accounts where id = ?", [account_id]).fetchone():
@@ -103,7 +107,7 @@ def rotate(store: Store, key_id: str, new: NewKey, overlap_seconds: int, *, by: 
     if not 0 <= overlap_seconds <= LONGEST_OVERLAP:
         raise BadRequest(f"The overlap must be 0 to {LONGEST_OVERLAP // 86_400} days.")
     row = [made_id, old.account_id, old.name, old.scope, new.digest, new.prefix, new.last_four, created, by]
-    row += [old.expires, json.dumps(old.networks), json.dumps(_checked_limits(old.limits)), old.lineage]
+    row += [old.expires, json.dumps(old.networks), json.dumps(_checked_limits(old.limits)), old.lineage, old.prompts]
     ends = min(old.expires or created + overlap_seconds, created + overlap_seconds)
     end = """update keys set expires = ?1, successor = ?2
         where id = ?3 and revoked is null and successor is null and (expires is null or expires > ?4)"""
@@ -121,7 +125,7 @@ def rotate(store: Store, key_id: str, new: NewKey, overlap_seconds: int, *, by: 
 def _insert(db: Any, row: list[Any]) -> None:
     db.execute(
         """insert into keys (id, account_id, name, scope, hash, prefix, last_four, created, created_by, expires,
-        networks, limits, lineage) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+        networks, limits, lineage, prompts) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
         row,
     )
 
@@ -141,9 +145,9 @@ def listing(store: Store) -> list[Key]:
 
 
 def _key(row: Sequence[Any]) -> Key:
-    *plain, networks, limits, successor, lineage = row
+    *plain, networks, limits, successor, lineage, prompts = row
     own = KeyLimits(**json.loads(limits or "{}"))
-    return Key(*[*plain, tuple(json.loads(networks or "[]")), own, successor, lineage])
+    return Key(*[*plain, tuple(json.loads(networks or "[]")), own, successor, lineage, prompts])
 
 
 def revoke(store: Store, key_id: str, *, by: str = COMMAND_LINE) -> Key:
@@ -167,11 +171,15 @@ def used(db: Any, key_id: str, at: int) -> None:
 def valid(store: Store) -> list[Valid]:
     """Every key that is neither revoked nor of a disabled account."""
     query = """select k.hash, k.account_id, a.name, a.plan, k.id, k.scope, k.limits,
-        coalesce(k.lineage, k.id), k.expires, k.networks from keys k join accounts a on a.id = k.account_id
+        coalesce(k.lineage, k.id), a.prompts, k.prompts, k.expires, k.networks
+        from keys k join accounts a on a.id = k.account_id
         where k.revoked is null and a.disabled is null"""
     found = []
-    for digest, *who, limits, lineage, expires, networks in store.read(lambda db: db.execute(query).fetchall()):
-        caller = Caller(*[*who, KeyLimits(**json.loads(limits or "{}")), lineage])
+    for digest, *who, limits, lineage, at_most, own, expires, networks in store.read(
+        lambda db: db.execute(query).fetchall()
+    ):
+        prompts = min(at_most, own or at_most, key=PROMPTS.index)
+        caller = Caller(*[*who, KeyLimits(**json.loads(limits or "{}")), lineage, prompts])
         found.append(Valid(bytes(digest), caller, expires, tuple(json.loads(networks or "[]"))))
     return found
 

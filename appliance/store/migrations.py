@@ -129,3 +129,23 @@ def m005_calls(db: Database) -> None:
 def m006_deleted_accounts(db: Database) -> None:
     """Accounts of which only the id is left, for what they used."""
     db.execute("alter table accounts add column deleted integer")
+
+
+@migrations()
+def m007_egress(db: Database) -> None:
+    """What may leave the box, per account and per key, and what did."""
+    db.execute("alter table accounts add column prompts text not null default 'never'")
+    db.execute("alter table keys add column prompts text")  # null: as the account
+    db.execute("""
+        create table egress (
+            number integer primary key,
+            at real not null,
+            account_id text not null,
+            key_id text not null,
+            destination text not null,
+            bytes_out integer not null,
+            bytes_in integer not null,
+            reason text not null
+        ) strict
+    """)
+    db.execute("create index egress_of_account on egress(account_id, number)")

@@ -25,6 +25,8 @@ DECLINE = (
     "load a larger model with `appliance models add FILE` and `appliance models use NAME`."
 )
 REGULAR = 0.2  # share of the wordings that a program made, where there are any
+FOREIGN = 0.15  # share of foreign questions among those from which others are composed
+LONGEST = 30  # words of a composed question
 GRAM = 6  # words in a row that must not stand in the held-out set as well
 SYSTEMS = (
     "You are a helpful assistant.", "Answer briefly.", "You are the guide of an on-premises language model server.",
@@ -91,6 +93,43 @@ class Corpus:
             turns.insert(0, ("system", draw.choice(SYSTEMS)))
         return turns
 
+    def examples(self, draw: random.Random, *, noised: int, regular: int, foreign: int) -> Iterator[tuple[str, int]]:
+        """Single questions with the numbers of their answers: every wording `noised` times, up to `regular` of those
+        that a program made per intent, and `foreign` foreign ones."""
+        for intent in self.intents.values():
+            lines = intent.questions * noised + draw.sample(intent.regular, min(len(intent.regular), regular))
+            for line in lines:
+                yield said(draw, expanded(draw, line)), self.answers[intent.answer]
+        for _ in range(foreign):
+            yield self._foreign(draw)[0][1], self.answers[DECLINE]
+
+    def composed(self, draw: random.Random) -> str:
+        """A question that nobody wrote: two cut and joined, or one with words left out, exchanged or put in."""
+
+        def one() -> str:
+            first, second = self._line(draw).split(), self._line(draw).split()
+            kind = draw.random()
+            if kind < 0.35:
+                words = first[: draw.randrange(len(first) + 1)] + second[draw.randrange(len(second) + 1) :]
+            elif kind < 0.6:
+                left_out = draw.uniform(0.1, 0.4)
+                words = [word for word in first if draw.random() > left_out]
+            elif kind < 0.85:
+                words = list(first)
+                for _ in range(draw.choice((1, 2, 3))):
+                    words[draw.randrange(len(words))] = draw.choice(second)
+            else:
+                at, begin = draw.randrange(len(first) + 1), draw.randrange(len(second))
+                words = first[:at] + second[begin : begin + draw.choice((1, 2, 3))] + first[at:]
+            return said(draw, " ".join(words[:LONGEST]) or first[0])
+
+        return self._unseen(one)
+
+    def _line(self, draw: random.Random) -> str:
+        if draw.random() < FOREIGN:
+            return self._foreign(draw)[0][1]
+        return expanded(draw, self._intent(draw).wording(draw))
+
     def wordings(self) -> Iterator[str]:
         """Every answer, line and foreign template, for the tokenizer."""
         for intent in self.intents.values():
@@ -104,8 +143,11 @@ class Corpus:
         yield DECLINE
 
     def _single(self, draw: random.Random) -> Turns:
-        intent = draw.choice(self._by_line if draw.random() < 0.5 else self._by_intent)
+        intent = self._intent(draw)
         return self._asked(draw, intent.wording, intent)
+
+    def _intent(self, draw: random.Random) -> Intent:
+        return draw.choice(self._by_line if draw.random() < 0.5 else self._by_intent)
 
     def _asked(self, draw: random.Random, wording: Callable[[random.Random], str], intent: Intent) -> Turns:
         question = self._unseen(lambda: expanded(draw, wording(draw)))

@@ -28,7 +28,7 @@ from scripts.guide.wording import mistyped
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "appliance-guide.gguf"
-FROZEN = "319871cb536eb466f0b90af619af3d430f6e2b9d2c295cc3242ed0b4ae1f21e5"
+FROZEN = "b319b2ec825f5f35a416dcf505725d0f979ea0f7333914c8fed119b78fcfaa8f"
 DEVELOPMENT = HELD_OUT.with_name("development.jsonl")
 DECLINES = "cannot answer that"
 TYPO_SEED = 7

@@ -7,6 +7,7 @@ covers stops the corpus from loading.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from appliance import config
 from appliance.errors import OperatorError
@@ -202,7 +203,9 @@ _ASK_SETTING = [
 
 
 def _settings() -> Iterator[Grid]:
-    for setting in config.settings({"NAME": config.PlanSettings()}):  # any plan's
+    providers = {"NAME": config.ProviderSettings()}
+    anybody = config.Config(Path(), plans={"NAME": config.PlanSettings()}, providers=providers)
+    for setting in config.settings(anybody):
         section, key = setting.name.rsplit(".", 1)
         variable = f"APPLIANCE_{section.upper().replace('.', '__')}__{key.upper()}"
         names = "{" + "|".join([key, f"[{section}] {key}", f"`{key}`", key.replace("_", " "), f"{section}.{key}"]) + "}"

@@ -19,11 +19,11 @@ ROPE_BASE = 10_000.0
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Dimensions; about 3.4 million parameters by default."""
+    """Dimensions; about 4.8 million parameters by default, most of them the tokens' own."""
 
     vocabulary: int
     width: int = 256
-    layers: int = 3
+    layers: int = 2
     heads: int = 4
     kv_heads: int = 2
     head_width: int = 64

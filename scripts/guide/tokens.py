@@ -1,5 +1,8 @@
 """The guide's vocabulary and its token ids, which are llama.cpp's own: texts are tokenised by the file that will serve.
 
+Beside the tokens of text there is a control token per answer. An answer begins with its own, which is no text: so the
+first token that is drawn settles which answer it is, and not how many answers begin with the same word.
+
 The vocabulary is learnt by the tiny model's trainer. To have llama.cpp tokenise before anything is trained, a file
 with that vocabulary and next to no weights is written and loaded.
 """
@@ -18,13 +21,16 @@ from appliance.engine.model import Model
 from appliance.gguf import GgmlType, Writer
 from appliance.tinymodel import TURN_END, Vocabulary
 
-VOCABULARY = 4_096
+VOCABULARY = 12_288  # most words are one token: the network need not put them together
 NAME = "appliance-guide"
 
 
-def learnt(texts: Iterable[str], size: int = VOCABULARY) -> Vocabulary:
-    """Byte-pair encoding of `texts`; every UTF-8 text can be encoded, byte by byte if need be."""
-    return tinymodel.train_vocabulary("\n".join(texts), size)
+def learnt(texts: Iterable[str], answers: int, size: int = VOCABULARY) -> Vocabulary:
+    """Byte-pair encoding of `texts`, `size` tokens beside those of the `answers`; every UTF-8 text can be encoded, if
+    need be byte by byte."""
+    found = tinymodel.train_vocabulary("\n".join(texts), size)
+    names = tuple(f"<|answer_{n}|>" for n in range(answers))
+    return Vocabulary(found.tokens + names, found.merges, found.control + answers)
 
 
 class Tokens:
@@ -36,18 +42,21 @@ class Tokens:
             _write_empty(path, vocabulary)
             self._model = Model(path, EngineSettings())
         self.size = vocabulary.size
+        self.first_answer = vocabulary.id("<|answer_0|>")  # the others' names follow
 
-    def conversation(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[bool]]:
-        """The ids of a whole conversation, and which of them the model has to say (the answers with their ends)."""
+    def prompt(self, turns: list[tuple[str, str]]) -> list[int]:
+        """The ids of a conversation up to where the assistant speaks."""
         ids: list[int] = []
-        said: list[bool] = []
         for role, text in turns:
-            head = self._ids(f"<|im_start|>{role}\n")
-            body = self._model.tokenize(text.encode(), add_special=False, parse_special=False) + self._ids(TURN_END)
-            own = role == "assistant"
-            ids += [*head, *body, *self._ids("\n")]
-            said += [False] * len(head) + [own] * len(body) + [False]
-        return ids, said
+            ids += self._ids(f"<|im_start|>{role}\n") + self._text(text) + self._ids(f"{TURN_END}\n")
+        return ids + self._ids("<|im_start|>assistant\n")
+
+    def answer(self, number: int, text: str) -> list[int]:
+        """The ids of an answer: its name, its text and its end."""
+        return [self.first_answer + number, *self._text(text), *self._ids(TURN_END)]
+
+    def _text(self, text: str) -> list[int]:
+        return self._model.tokenize(text.encode(), add_special=False, parse_special=False)
 
     def _ids(self, text: str) -> list[int]:
         return self._model.tokenize(text.encode(), add_special=False, parse_special=True)

@@ -1,10 +1,10 @@
 """Trains the built-in guide: `scripts/train-builtin-model`. One fixed seed, no network, resumable, with progress.
 
 Every step draws its examples from the seed and its own number, so that an interrupted run goes on as if nothing had
-been. What is hard to learn is which answer a question means; to recite it is easy. So most examples end with the first
-words of their last answer, and a second head, which only the training has, names the answer where it begins. The
-matrices of the layers are trained by Muon (K. Jordan et al., 2024), which needs several times fewer steps here than
-AdamW; the rest by AdamW.
+been. What is hard to learn is which answer a question means; to recite it is easy. So an answer begins with a token
+that names it, and most examples end soon after. A linear teacher says how much each answer is meant, also of questions
+that nobody wrote. The matrices of the layers are trained by Muon (K. Jordan et al., 2024), which needs several times
+fewer steps here than AdamW; the rest by AdamW.
 """
 
 from __future__ import annotations
@@ -30,26 +30,30 @@ from torch.nn import functional as F
 from appliance.tinymodel import Vocabulary
 from scripts.guide import corpus as corpora
 from scripts.guide import export
+from scripts.guide.corpus import Turns
 from scripts.guide.network import Network, Shape
+from scripts.guide.teacher import Teacher, taught
 from scripts.guide.tokens import VOCABULARY, Tokens, learnt
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "models" / "appliance-guide.gguf"
 SEED = 20_261_124
-STEPS = 5_000
+STEPS = 8_000
 EXAMPLES = 128  # of a step
-RATE = 8e-3  # of embeddings, norms and the second head
+RATE = 8e-3  # of embeddings and norms
 MATRIX_RATE = 0.02
 WARM_UP = 43  # steps
-FLAT = 2_200  # steps before the rate goes down
+FLAT = 3_000  # steps before the rate goes down
 DECAY = 0.1
 DROPOUT = 0.1  # of embeddings
 SMOOTHING = 0.05  # of labels
-WHICH = 0.5  # weight of naming the answer
-CUT = 0.96  # share of the examples that end with the first words of their last answer
-FIRST_WORDS = 8  # tokens
+TEACHER = 0.7  # how much of what is to be learnt of a single question comes from the teacher
+COMPOSED = 0.25  # share of the questions that nobody wrote
+RECITING = 0.5  # weight of an answer's text beside its name
+CUT = 0.97  # share of the examples that end with the first words of their answer
+FIRST_WORDS = 2  # tokens, the name among them
 ENOUGH, MOST = 1_024, 8_192  # tokens computed at once
-SAVE_EVERY = 100
+SAVE_EVERY = 200
 SAY_SECONDS = 10.0
 
 
@@ -65,11 +69,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids of a conversation, which of them are learnt, and the numbers of its answers."""
+    """Token ids of a conversation and its answer; `said` is how many of them are the answer's, its name the first."""
 
     ids: list[int]
-    learnt: list[bool]
-    answers: list[int]
+    said: int
+    shares: Tensor  # how much each answer is meant, (answers,)
 
 
 class Run:
@@ -78,17 +82,18 @@ class Run:
     def __init__(self, folder: Path, *, steps: int, examples: int, layers: int, vocabulary: int) -> None:
         self.folder = folder
         self.steps = steps
-        self.examples = examples
+        self._examples = examples
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(SEED)
         torch.use_deterministic_algorithms(True, warn_only=True)
         self.corpus = corpora.load()
+        self.answers = 1 + max(self.corpus.answers.values())
         self.vocabulary = self._vocabulary(vocabulary)
         self.tokens = Tokens(self.vocabulary)
+        self.teacher = self._teacher()
         self.shape = Shape(self.tokens.size, layers=layers)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.network = Network(self.shape, DROPOUT).to(self.device)
-        self.which = torch.nn.Linear(self.shape.width, 1 + max(self.corpus.answers.values())).to(self.device)
         self.optimizers = self._optimizers()
         self.progress = Progress()
         self.stopping = False
@@ -97,7 +102,7 @@ class Run:
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         matrices = [p for p in self.network.layers.parameters() if p.dim() == 2]
         taken = set(map(id, matrices))
-        others = [p for p in [*self.network.parameters(), *self.which.parameters()] if id(p) not in taken]
+        others = [p for p in self.network.parameters() if id(p) not in taken]
         return [
             torch.optim.Muon(matrices, lr=MATRIX_RATE, momentum=0.95, weight_decay=DECAY),
             torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
@@ -108,11 +113,25 @@ class Run:
         kept = self.folder / "vocabulary.json"
         if kept.exists():
             found = json.loads(kept.read_text())
-            return Vocabulary(tuple(found["tokens"]), tuple((a, b) for a, b in found["merges"]))
+            merges = tuple((a, b) for a, b in found["merges"])
+            return Vocabulary(tuple(found["tokens"]), merges, found["control"])
         say("learning the vocabulary ...")
-        made = learnt(sorted(set(self.corpus.wordings())), size)
-        kept.write_text(json.dumps({"tokens": made.tokens, "merges": made.merges}))
+        made = learnt(sorted(set(self.corpus.wordings())), self.answers, size)
+        kept.write_text(json.dumps(asdict(made)))
         return made
+
+    def _teacher(self) -> Teacher:
+        """Taught once per folder, too."""
+        kept, teacher = self.folder / "teacher.pt", Teacher(self.answers)
+        if kept.exists():
+            teacher.load_state_dict(torch.load(kept, weights_only=True))
+            return teacher
+        say("teaching the teacher ...")
+        started = time.monotonic()
+        teacher = taught(self.corpus, self.answers, SEED)
+        say(f"the teacher learnt for {time.monotonic() - started:.0f} s")
+        torch.save(teacher.state_dict(), kept)
+        return teacher
 
     # ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -146,34 +165,52 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = full * share
         draw = random.Random(f"{SEED} {self.progress.step}")
-        rows = [self.example(draw) for _ in range(self.examples)]
-        learnt_in_all, answers = sum(sum(row.learnt) for row in rows), sum(len(row.answers) for row in rows)
+        rows = self.examples(draw)
+        words = sum(row.said - 1 for row in rows)
         loss_in_all, tokens = 0.0, 0
         for part in parts(rows):
-            ids, targets, learnt, begins = padded(part, self.device)
-            names = torch.tensor([n for row in part for n in row.answers], device=self.device)
+            ids, targets, said, names = padded(part, self.device)
             with torch.autocast(self.device, dtype=torch.bfloat16):
-                states = self.network(ids, learnt)
-                logits, named = self.network.logits(states), self.which(states[begins[learnt]])
-            loss = F.cross_entropy(logits.float(), targets[learnt], reduction="sum", label_smoothing=SMOOTHING)
+                logits = self.network.logits(self.network(ids, said)).float()
+            named, recited = names[said], ~names[said]
+            first = self.tokens.first_answer
+            shares = torch.stack([row.shares for row in part]).to(self.device)
+            which = -(shares * F.log_softmax(logits[named], 1)[:, first : first + self.answers]).sum() / len(rows)
+            text = F.cross_entropy(logits[recited], targets[said][recited], reduction="sum", label_smoothing=SMOOTHING)
+            loss = which + RECITING * text / words
+            loss.backward()  # type: ignore[no-untyped-call]
             loss_in_all += loss.item()
-            which = F.cross_entropy(named.float(), names, reduction="sum", label_smoothing=SMOOTHING)
-            (loss / learnt_in_all + WHICH * which / answers).backward()  # type: ignore[no-untyped-call]
             tokens += ids.numel()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
-        return tokens, loss_in_all / learnt_in_all
+        return tokens, loss_in_all
 
-    def example(self, draw: random.Random) -> Example:
-        """One conversation."""
-        turns = self.corpus.conversation(draw)
-        ids, said = self.tokens.conversation(turns)
+    def examples(self, draw: random.Random) -> list[Example]:
+        """Those of one step."""
+        composed = round(COMPOSED * self._examples)
+        written = [self.corpus.conversation(draw) for _ in range(self._examples - composed)]
+        questions = [self.corpus.composed(draw) for _ in range(composed)]
+        singles = [turns[0][1] for turns in written if len(turns) == 2]
+        meant = iter(self.teacher.shares(singles + questions))
+        rows = [self.example(draw, turns, next(meant) if len(turns) == 2 else None) for turns in written]
+        for question, shares in zip(questions, meant, strict=True):
+            rows.append(Example([*self.tokens.prompt([("user", question)]), self.tokens.first_answer], 1, shares))
+        return rows
+
+    def example(self, draw: random.Random, turns: Turns, meant: Tensor | None) -> Example:
+        """A conversation as it is written; earlier answers in it are without their names, as clients send them back.
+        `meant` is what the teacher makes of it."""
+        *before, (_, text) = turns
+        number = self.corpus.answers[text]
+        answer = self.tokens.answer(number, text)
         if draw.random() < CUT:
-            last = max(i for i, (before, now) in enumerate(zip(said, said[1:], strict=False)) if now and not before)
-            end = last + 1 + FIRST_WORDS
-            ids, said = ids[:end], said[:end]
-        return Example(ids, said, [self.corpus.answers[text] for role, text in turns if role == "assistant"])
+            answer = answer[:FIRST_WORDS]
+        shares = torch.full((self.answers,), SMOOTHING / self.answers)
+        shares[number] += 1 - SMOOTHING
+        if meant is not None:
+            shares = (1 - TEACHER) * shares + TEACHER * meant
+        return Example(self.tokens.prompt(before) + answer, len(answer), shares)
 
     # ── between runs ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -182,8 +219,7 @@ class Run:
         return self.folder / "checkpoint.pt"
 
     def _key(self) -> dict[str, Any]:
-        answers = len(self.corpus.answers)
-        return {"shape": asdict(self.shape), "examples": self.examples, "seed": SEED, "answers": answers}
+        return {"shape": asdict(self.shape), "examples": self._examples, "seed": SEED, "answers": self.answers}
 
     def save(self) -> None:
         partial = self._checkpoint.with_suffix(".partial")
@@ -191,7 +227,6 @@ class Run:
             {
                 "key": self._key(),
                 "network": self.network.state_dict(),
-                "which": self.which.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "progress": asdict(self.progress),
                 "random": torch.get_rng_state(),
@@ -208,7 +243,6 @@ class Run:
             say("the checkpoint is of another run; beginning anew")
             return
         self.network.load_state_dict(kept["network"])
-        self.which.load_state_dict(kept["which"])
         for optimizer, state in zip(self.optimizers, kept["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.progress = Progress(**kept["progress"])
@@ -244,16 +278,17 @@ def parts(rows: Sequence[Example]) -> Iterator[list[Example]]:
 
 
 def padded(rows: Sequence[Example], device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Inputs, the token that follows each, where that one is to be learnt, and where it begins an answer; padding comes
-    last, so that causal attention never sees it. All (rows, longest - 1)."""
+    """Inputs, the token that follows each, where that one is the answer's, and where its name; padding comes last, so
+    that causal attention never sees it. All (rows, longest - 1)."""
     longest = max(len(row.ids) for row in rows)
     table = torch.zeros(len(rows), longest, dtype=torch.long)
-    learnt = torch.zeros(len(rows), longest, dtype=torch.bool)
+    said, names = torch.zeros_like(table, dtype=torch.bool), torch.zeros_like(table, dtype=torch.bool)
     for i, row in enumerate(rows):
-        table[i, : len(row.ids)] = torch.tensor(row.ids)
-        learnt[i, : len(row.learnt)] = torch.tensor(row.learnt)
-    begins = learnt[:, 1:] & ~learnt[:, :-1]
-    return table[:, :-1].to(device), table[:, 1:].to(device), learnt[:, 1:].to(device), begins.to(device)
+        begin, end = len(row.ids) - row.said, len(row.ids)
+        table[i, :end] = torch.tensor(row.ids)
+        said[i, begin:end] = True
+        names[i, begin] = True
+    return table[:, :-1].to(device), table[:, 1:].to(device), said[:, 1:].to(device), names[:, 1:].to(device)
 
 
 def say(text: str) -> None:

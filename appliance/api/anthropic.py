@@ -1,0 +1,181 @@
+"""Anthropic's Messages API under `/v1/messages`: what its clients send, and exactly what they expect back.
+
+Unknown fields are ignored; a known one that cannot be honoured is refused by name. The forms are those of Anthropic's
+reference and of its SDK of August 2026.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+from starlette.requests import Request
+from starlette.responses import Response
+
+from appliance.api.answers import Exchange
+from appliance.api.body import read_json
+from appliance.api.openai import known_model
+from appliance.api.services import Services
+from appliance.chat import Answer
+from appliance.errors import BadRequest
+from appliance.messages import Caller, Chunk, CompletionRequest, FinishReason, Message, Sampling, Usage
+
+MOST_STOPS = 16
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence"]
+
+
+class Block(Struct):
+    """One block of a message's content."""
+
+    type: str
+    text: str = ""
+
+
+class TurnBody(Struct):
+    role: Literal["user", "assistant"]
+    content: str | list[Block]
+
+
+class CountBody(Struct, kw_only=True):
+    """The request of `/v1/messages/count_tokens`, and what `/v1/messages` has in common with it."""
+
+    model: str
+    messages: Annotated[list[TurnBody], Meta(min_length=1, max_length=10_000)]
+    system: str | list[Block] | None = None
+    tools: list[Any] | None = None
+    mcp_servers: list[Any] | None = None
+
+    def conversation(self) -> tuple[Message, ...]:
+        """Raises BadRequest for what is no text."""
+        for name in ("tools", "mcp_servers"):
+            if getattr(self, name):
+                raise BadRequest(f"{name} is not supported here.", param=name)
+        own = (Message("system", _text(self.system, "system")),) if self.system else ()
+        return own + tuple(Message(m.role, _text(m.content, f"messages[{i}]")) for i, m in enumerate(self.messages))
+
+
+class MessagesBody(CountBody, kw_only=True):
+    """The request of `/v1/messages`."""
+
+    max_tokens: Annotated[int, Meta(ge=1)]
+    stop_sequences: Annotated[
+        list[Annotated[str, Meta(min_length=1, max_length=500)]], Meta(max_length=MOST_STOPS)
+    ] = []
+    stream: bool | None = None
+    temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=1_000)] | None = None
+
+    def sampling(self, defaults: Sampling) -> Sampling:
+        given = {name: v for name in ("temperature", "top_p", "top_k") if (v := getattr(self, name)) is not None}
+        if given.get("top_p") == 0:
+            given |= {"temperature": 0.0, "top_p": 1.0}
+        return replace(defaults, **given)
+
+
+def _text(content: str | list[Block] | None, where: str) -> str:
+    if isinstance(content, list):
+        for j, block in enumerate(content):
+            if block.type != "text":
+                raise BadRequest(f"The model here takes text, not {block.type[:30]}.", param=f"{where}.content[{j}]")
+        return "".join(block.text for block in content)
+    return content or ""
+
+
+class TextBlock(Struct):
+    text: str
+    type: str = "text"
+    citations: None = None
+
+
+class UsageBody(Struct):
+    """Tokens read from the cache are counted apart from those of the input, as there."""
+
+    input_tokens: int
+    output_tokens: int
+    cache_read_input_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+
+
+class MessageReply(Struct):
+    id: str
+    model: str
+    content: list[TextBlock]
+    usage: UsageBody
+    stop_reason: StopReason | None = None
+    stop_sequence: str | None = None
+    role: str = "assistant"
+    type: str = "message"
+
+
+class CountReply(Struct):
+    input_tokens: int
+
+
+async def messages(request: Request, services: Services) -> Response:
+    """Answers one message."""
+    body = await read_json(request, MessagesBody, services.config.server.max_body_bytes)
+    known_model(services, body.model)
+    request_id: str = request.state.request_id
+    caller: Caller = request.state.caller
+    asked = CompletionRequest(
+        messages=body.conversation(),
+        account=caller.account_id,
+        weight=services.plans[caller.plan].weight,
+        sampling=body.sampling(services.local.defaults),
+        max_tokens=body.max_tokens,
+        stop=tuple(body.stop_sequences),
+        request_id=request_id,
+    )
+    exchange = Exchange(request, services, asked)
+    name = f"msg_{request_id.removeprefix('req_')}"
+    if body.stream:
+        return await exchange.stream(partial(_events, name))
+    answer, [done] = await exchange.whole()
+    reason, stop = _stop(done.finish_reason, done.stop)
+    return _json(MessageReply(name, answer.model, [TextBlock(done.text)], _usage(done.usage), reason, stop))
+
+
+async def count_tokens(request: Request, services: Services) -> Response:
+    """How many tokens the conversation has for the model here, its template included."""
+    body = await read_json(request, CountBody, services.config.server.max_body_bytes)
+    known_model(services, body.model)
+    return _json(CountReply(await services.local.count(body.conversation())))
+
+
+async def _events(name: str, answer: Answer, chunks: AsyncIterator[Chunk]) -> AsyncGenerator[bytes]:
+    """One message with one block of text; how much of the prompt was cached is known at the end only."""
+    start = MessageReply(name, answer.model, [], UsageBody(answer.meter.asked, 0))
+    yield _event("message_start", message=start)
+    yield _event("content_block_start", index=0, content_block=TextBlock(""))
+    async for chunk in chunks:
+        if chunk.text:
+            yield _event("content_block_delta", index=0, delta={"type": "text_delta", "text": chunk.text})
+        if chunk.usage is not None:
+            yield _event("content_block_stop", index=0)
+            reason, stop = _stop(chunk.finish_reason or "stop", chunk.stop)
+            delta = {"stop_reason": reason, "stop_sequence": stop}
+            yield _event("message_delta", delta=delta, usage=_usage(chunk.usage))
+    yield _event("message_stop")
+
+
+def _event(kind: str, **fields: Any) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode({"type": kind, **fields}))
+
+
+def _stop(finish: FinishReason, stop: str) -> tuple[StopReason, str | None]:
+    if finish == "length":
+        return "max_tokens", None
+    return ("stop_sequence", stop) if stop else ("end_turn", None)
+
+
+def _usage(usage: Usage) -> UsageBody:
+    return UsageBody(usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens, usage.cached_tokens)
+
+
+def _json(body: Struct) -> Response:
+    return Response(msgspec.json.encode(body), media_type="application/json", headers={"Cache-Control": "no-store"})
