@@ -137,6 +137,82 @@ def test_a_text_is_continued(client: openai.OpenAI) -> None:
     assert streamed[-1].choices[0].finish_reason == "length"
 
 
+def test_a_response_is_answered(client: openai.OpenAI) -> None:
+    reply = client.responses.create(model=MODEL, input="Hello", instructions="Be brief.", max_output_tokens=9)
+    assert reply.object == "response" and reply.id.startswith("resp_") and reply.model == MODEL
+    assert reply.output_text and reply.status == "incomplete"
+    assert reply.incomplete_details and reply.incomplete_details.reason == "max_output_tokens"
+    assert reply.usage and reply.usage.output_tokens == 9
+    assert reply.usage.total_tokens == reply.usage.input_tokens + 9 and reply.instructions == "Be brief."
+    turns: Any = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "input_text", "text": "Hello"}]},
+    ]
+    again = client.responses.create(model=MODEL, input=turns, max_output_tokens=9, temperature=0)
+    plain = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
+        max_tokens=9,
+        temperature=0,
+    )
+    assert again.output_text == plain.choices[0].message.content
+
+
+def test_a_response_is_streamed_event_by_event(client: openai.OpenAI) -> None:
+    asked: Any = {"model": MODEL, "input": "Hello", "max_output_tokens": 20, "temperature": 0}
+    whole = client.responses.create(**asked)
+    events = list(client.responses.create(**asked, stream=True))
+    assert [e.sequence_number for e in events] == list(range(len(events)))
+    kinds = [e.type for e in events]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+    assert set(kinds[4:-4]) == {"response.output_text.delta"}
+    text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+    assert events[-1].type == "response.incomplete" and events[-1].response.output_text == text == whole.output_text
+
+
+def test_a_response_is_parsed_into_a_type(client: openai.OpenAI) -> None:
+    asked: Any = {"model": MODEL, "input": "Hello", "text_format": Verdict, "max_output_tokens": 300}
+    assert isinstance(client.responses.parse(**asked).output_parsed, Verdict)
+    with client.responses.stream(**asked) as stream:
+        final = stream.until_done().get_final_response()
+    assert final.status == "completed" and isinstance(final.output_parsed, Verdict)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"background": True}, "background"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input[0]"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "input[0].content[0].type",
+        ),
+        ({"model": "gpt-5"}, "model"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+    ],
+)
+def test_a_response_that_cannot_be_is_refused_by_name(
+    client: openai.OpenAI, fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.responses.create(**({"model": MODEL, "input": "Hello"} | fields))
+    assert refused.value.param == param and refused.value.type == "invalid_request_error"
+
+
 @pytest.mark.parametrize(
     ("fields", "kind", "param"),
     [

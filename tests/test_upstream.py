@@ -171,11 +171,13 @@ def test_every_status_becomes_one_of_ours(status: int, body: Any, kind: type[App
     ("value", "least", "most"),
     [
         ("7", 7, 7), (None, 60, 60), ("abc", 60, 60), ("-1", 1, 1), ("1000000000", 3_600, 3_600), ("nan", 60, 60),
-        (email.utils.formatdate(time.time() + 100, usegmt=True), 97, 101), ("Mon, 01 Jan 2001 00:00:00 GMT", 1, 1),
+        ("in 100 s", 97, 101), ("Mon, 01 Jan 2001 00:00:00 GMT", 1, 1),
     ],
 )  # fmt: skip
 def test_a_server_that_has_no_room_is_left_alone_as_long_as_it_says(value: str | None, least: int, most: int) -> None:
     now = [1_000.0]
+    if value == "in 100 s":
+        value = email.utils.formatdate(time.time() + 100, usegmt=True)
     script = Script((429, b"{}", {} if value is None else {"retry-after": value}), (200, GOOD + DONE))
     groq = at(script, lambda: now[0])
     assert least <= (refused(groq).retry_after or 0) <= most

@@ -16,7 +16,7 @@ from starlette.routing import compile_path
 from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
-from appliance.api import anthropic, egress, health, llm, metrics, openai, usage
+from appliance.api import anthropic, egress, health, llm, metrics, openai, responses, usage
 from appliance.api.gate import Gate
 from appliance.api.services import Services
 from appliance.errors import MethodNotAllowed, NotFound
@@ -60,6 +60,7 @@ ENDPOINTS = (
     Endpoint("GET", "/v1/models/{name:path}", openai.model, "llm", as_groq("/models/{name:path}"), leases=False),
     Endpoint("POST", "/v1/chat/completions", openai.chat_completions, "llm", as_groq("/chat/completions"), queues=True),
     Endpoint("POST", "/v1/completions", openai.completions, "llm", queues=True),
+    Endpoint("POST", "/v1/responses", responses.responses, "llm", queues=True),
     Endpoint("POST", "/v1/messages", anthropic.messages, "llm", queues=True),
     Endpoint("POST", "/v1/messages/count_tokens", anthropic.count_tokens, "llm"),
     Endpoint("POST", "/llm/chat", llm.chat, "llm", under_api("/llm/chat"), queues=True),

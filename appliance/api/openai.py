@@ -190,7 +190,7 @@ class ChatBody(SamplingBody, kw_only=True):
             raise BadRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
 
     def conversation(self) -> tuple[Message, ...]:
-        return tuple(Message(_role(m, i), _text(m.content, f"messages[{i}]")) for i, m in enumerate(self.messages))
+        return tuple(Message(_role(m, i), text_of(m.content, f"messages[{i}]")) for i, m in enumerate(self.messages))
 
     def schema(self) -> dict[str, Any] | None:
         wanted = self.response_format
@@ -213,11 +213,11 @@ def _role(message: MessageBody, i: int) -> Role:
     return ROLES[message.role]
 
 
-def _text(content: str | list[Part] | None, where: str) -> str:
+def text_of(content: str | list[Part] | None, where: str) -> str:
     """The text of a message. Raises BadRequest for parts that are no text."""
     if isinstance(content, list):
         for j, part in enumerate(content):
-            if part.type not in ("text", "input_text", "refusal"):
+            if part.type not in ("text", "input_text", "output_text", "refusal"):
                 kind = part.type[:30]
                 raise BadRequest(f"The model here takes text, not {kind}.", param=f"{where}.content[{j}].type")
         return "".join(part.text for part in content)
