@@ -104,6 +104,23 @@ async def test_what_cannot_be_written_is_owed_and_written_once_when_it_can_be(
 
 
 @looped
+async def test_a_file_that_becomes_read_only_is_as_one_that_cannot_be_written_for_a_while(store: Store) -> None:
+    ledger, windows = Ledger(store, retry_seconds=0.02), Windows()
+    writer: Any = store._writer
+    writer.execute("pragma query_only = on")  # SQLite says what it says of a read-only file
+    with pytest.raises(Unavailable, match="readonly"):
+        await asyncio.wrap_future(store.write(lambda db: db.execute("delete from windows")))
+    for _ in range(3):
+        await ledger.charge(CHAT, windows.take([PAYER], NOON))  # the calls go on
+    assert ledger.owed == 3 and month(store) == 0
+    writer.execute("pragma query_only = off")
+    async with asyncio.timeout(5):
+        while ledger.owed:
+            await asyncio.sleep(0.01)
+    assert month(store) == 3
+
+
+@looped
 async def test_a_slow_commit_holds_nobody_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledgers, "COMMIT_SECONDS", 0.05)
     ledger, windows = Ledger(store), Windows()

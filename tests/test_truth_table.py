@@ -99,6 +99,7 @@ def test_what_changes_state_is_no_get() -> None:
         "/healthz",
         "/readyz",
         "/metrics",
+        "/openapi.json",
         "/api/usage",
         "/api/egress",
         "/v1/models",

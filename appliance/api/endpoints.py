@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import cache
 
+import msgspec
+from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import compile_path
@@ -18,6 +21,7 @@ from starlette.types import Scope as ASGIScope
 
 from appliance.api import anthropic, egress, health, llm, metrics, openai, responses, usage
 from appliance.api.gate import Gate
+from appliance.api.openapi import document
 from appliance.api.services import Services
 from appliance.errors import MethodNotAllowed, NotFound
 from appliance.messages import Scope
@@ -28,16 +32,24 @@ Handler = Callable[[Request, Services], Awaitable[Response]]
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One row: `scope` None is open to everybody, else the key's scope must be `full` or this one. A call `counts` in
-    its windows and `leases` one of its account's places; the handler that `queues` waits for the turn itself."""
+    its windows and `leases` one of its account's places; the handler that `queues` waits for the turn itself, and
+    `streams` if it is asked to. `body`, `reply` and `query` are for the documentation."""
 
     method: str
     path: str
     handler: Handler
     scope: Scope | None
     aliases: tuple[str, ...] = ()
+    body: type[Struct] | None = None
+    reply: type[Struct] | None = None
+    query: tuple[str, ...] = ()
     counts: bool = True
     leases: bool = True
     queues: bool = False
+
+    @property
+    def streams(self) -> bool:
+        return self.queues
 
 
 def under_api(path: str) -> tuple[str, ...]:
@@ -50,21 +62,60 @@ def as_groq(path: str) -> tuple[str, ...]:
     return (f"/openai/v1{path}",)
 
 
+async def openapi(request: Request, services: Services) -> Response:
+    """This description of all routes."""
+    return Response(_described(), media_type="application/json")
+
+
+@cache
+def _described() -> bytes:
+    return msgspec.json.encode(document(ENDPOINTS))
+
+
 ENDPOINTS = (
     Endpoint("GET", "/healthz", health.healthz, None),
     Endpoint("GET", "/readyz", health.readyz, None),
     Endpoint("GET", "/metrics", metrics.metrics, None),
-    Endpoint("GET", "/api/usage", usage.own_usage, "full", ("/api/v1/usage",), leases=False),
-    Endpoint("GET", "/api/egress", egress.own_egress, "full", ("/api/v1/egress",)),
-    Endpoint("GET", "/v1/models", openai.models, "llm", as_groq("/models"), leases=False),
-    Endpoint("GET", "/v1/models/{name:path}", openai.model, "llm", as_groq("/models/{name:path}"), leases=False),
-    Endpoint("POST", "/v1/chat/completions", openai.chat_completions, "llm", as_groq("/chat/completions"), queues=True),
-    Endpoint("POST", "/v1/completions", openai.completions, "llm", queues=True),
-    Endpoint("POST", "/v1/responses", responses.responses, "llm", queues=True),
-    Endpoint("POST", "/v1/messages", anthropic.messages, "llm", queues=True),
-    Endpoint("POST", "/v1/messages/count_tokens", anthropic.count_tokens, "llm"),
-    Endpoint("POST", "/llm/chat", llm.chat, "llm", under_api("/llm/chat"), queues=True),
-)
+    Endpoint("GET", "/openapi.json", openapi, None),
+    Endpoint(
+        "GET", "/api/usage", usage.own_usage, "full", ("/api/v1/usage",), reply=usage.UsageReply, leases=False
+    ),
+    Endpoint(
+        "GET", "/api/egress", egress.own_egress, "full", ("/api/v1/egress",),
+        reply=egress.EgressReply, query=("since",),
+    ),
+    Endpoint(
+        "GET", "/v1/models", openai.models, "llm", as_groq("/models"), reply=openai.ModelsReply, leases=False
+    ),
+    Endpoint(
+        "GET", "/v1/models/{name:path}", openai.model, "llm", as_groq("/models/{name:path}"),
+        reply=openai.ModelBody, leases=False,
+    ),
+    Endpoint(
+        "POST", "/v1/chat/completions", openai.chat_completions, "llm", as_groq("/chat/completions"),
+        body=openai.ChatBody, reply=openai.ChatReply, queues=True,
+    ),
+    Endpoint(
+        "POST", "/v1/completions", openai.completions, "llm",
+        body=openai.CompletionBody, reply=openai.TextReply, queues=True,
+    ),
+    Endpoint(
+        "POST", "/v1/responses", responses.responses, "llm",
+        body=responses.ResponsesBody, reply=responses.Reply, queues=True,
+    ),
+    Endpoint(
+        "POST", "/v1/messages", anthropic.messages, "llm",
+        body=anthropic.MessagesBody, reply=anthropic.MessageReply, queues=True,
+    ),
+    Endpoint(
+        "POST", "/v1/messages/count_tokens", anthropic.count_tokens, "llm",
+        body=anthropic.CountBody, reply=anthropic.CountReply,
+    ),
+    Endpoint(
+        "POST", "/llm/chat", llm.chat, "llm", under_api("/llm/chat"),
+        body=llm.ChatBody, reply=llm.ChatReply, queues=True,
+    ),
+)  # fmt: skip
 
 
 class Routes:

@@ -51,7 +51,7 @@ class ModelBody(Struct):
     """One model."""
 
     id: str
-    created: int = STARTED
+    created: int = msgspec.field(default_factory=lambda: STARTED)
     owned_by: str = "local"
     object: str = "model"
 
