@@ -69,7 +69,7 @@ AT_ONCE = ("plans", "limits", "retention")  # sections that a running server fol
 VALID_SECONDS = 0.5  # between two looks for running calls whose key is valid no longer
 FORGET_SECONDS = 600.0  # between two looks for callers who have been gone for long
 CLOSE_SECONDS = 0.8  # for unloading the model at the end
-YOUNG_OBJECTS = 20_000  # between two collections: a call makes hundreds of objects, and almost no circles of them
+YOUNG_OBJECTS = 5_000  # between two collections: a call makes hundreds of objects, and almost no circles of them
 SWITCH_SECONDS = 0.0005  # the decode thread waits this long at most until the event loop gives the interpreter back
 
 

@@ -89,6 +89,10 @@ class Chat:
         self._busy: set[float] = set()  # the patiences that were exceeded last
         self.started: Counter[str] = Counter()  # completions by provider
 
+    def available(self) -> dict[str, bool]:
+        """Which servers elsewhere may be asked now."""
+        return {name: other.refusal is None for name, other in self._others.items()}
+
     async def begin(self, request: CompletionRequest, wish: Wish) -> tuple[Answer, Chunk]:
         """An answer with its first chunk. Raises BadRequest, Forbidden, or Unavailable when nobody who may answer can;
         of several reasons the first."""

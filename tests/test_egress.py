@@ -158,6 +158,15 @@ def test_a_key_may_be_narrower_than_its_account_and_never_wider(pair: Pair) -> N
     assert pair.front.chat(provider="second", key=wide).json["provider"] == "local"
 
 
+def test_the_metrics_know_the_servers_elsewhere(pair: Pair) -> None:
+    metrics = pair.front.get("/metrics", key=None).body.decode()
+    assert 'appliance_provider_available{provider="groq"} 1.0' in metrics
+    assert 'appliance_provider_available{provider="second"} 1.0' in metrics
+    pair.allow("allowed")
+    pair.front.chat(provider="second")
+    assert 'appliance_completions_total{provider="second"}' in pair.front.get("/metrics", key=None).body.decode()
+
+
 def test_the_ledger_can_be_asked_by_day_and_account(pair: Pair) -> None:
     pair.allow("allowed")
     pair.front.chat(provider="second")

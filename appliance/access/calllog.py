@@ -26,7 +26,7 @@ MOST = 10_000  # rows in memory
 GROUP = 1_000  # rows of one write
 REFUSED = 429
 PURGE_SECONDS = 600.0
-BREATH_SECONDS = 0.05  # between two portions of a purge
+BREATH_SECONDS = 0.02  # between two portions of a purge
 
 
 class CallLog:

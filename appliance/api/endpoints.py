@@ -146,7 +146,8 @@ class Routes:
         """The row, and under which of its paths. Raises NotFound or MethodNotAllowed, for which strangers pay."""
         scope = request.scope
         # Only a parameter may be spelt with %: a proxy's rules may not see through it.
-        found = self._match(scope) or (self._exact.get(scope["path"]) if b"%" not in scope["raw_path"] else None)
+        found = self._exact.get(scope["path"]) if b"%" not in scope["raw_path"] else None
+        found = found or self._match(scope)
         if found is None:
             self._gate.refuse(request)
             raise NotFound("There is no such endpoint.")

@@ -64,6 +64,8 @@ def _lines(services: Services) -> Iterator[str]:
             yield from _family(name, kind, help, [({}, float(status[count]))])
     for name, kind, help, value in _server(services):
         yield from _family(name, kind, help, [({}, float(value))])
+    others = [({"provider": name}, float(up)) for name, up in sorted(services.chat.available().items())]
+    yield from _family("appliance_provider_available", "gauge", "Whether a server elsewhere may be asked.", others)
     for name, help, labels, counts in (
         ("appliance_calls_total", "Calls by route and status.", ("endpoint", "status"), services.calls.counts),
         ("appliance_refusals_total", "Calls over a limit.", ("reason",), services.admission.refusals),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from appliance.store.database import Store
 
 DAY = 86_400
-PORTION = 500  # rows that a purge touches in one transaction
+PORTION = 100  # rows that a purge touches in one transaction: charges wait behind it
 IPV4_KEPT, IPV6_KEPT = 24, 48  # bits of an address that stay when it is shortened
 
 
@@ -68,6 +68,8 @@ def purge(store: Store, now: float, *, ip_days: int, call_days: int) -> bool:
             "delete from calls where number in (select number from calls where at < ? order by at limit ?)",
             [now - call_days * DAY, PORTION],
         ).rowcount
+        if gone:
+            return gone
         due = db.execute(
             "select number, ip from calls where whole = 1 and at < ? order by at limit ?",
             [now - ip_days * DAY, PORTION],
@@ -75,7 +77,7 @@ def purge(store: Store, now: float, *, ip_days: int, call_days: int) -> bool:
         db.conn.executemany(
             "update calls set ip = ?, whole = 0 where number = ?", [(shortened(ip), number) for number, ip in due]
         )
-        return gone + len(due)
+        return len(due)
 
     return store.write(portion).result() > 0
 
