@@ -30,7 +30,7 @@ from appliance.store.keyfile import MasterKey
 
 log = logging.getLogger("appliance.administration")
 
-MOST_EGRESS = 100_000  # rows
+MOST_EGRESS = 10_000  # rows
 PAGE = 1_000  # rows of one answer
 FOREVER = 1 << 40  # epoch seconds
 

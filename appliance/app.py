@@ -293,7 +293,8 @@ class Process:
 def upstreams(config: Config, environ: Mapping[str, str]) -> dict[str, Upstream]:
     """The servers elsewhere that may be asked; Groq only with a key. Raises ConfigError for a key file that is none."""
     found = {}
-    groq_key = secretfiles.read("groq.key_file", config.groq.key_file) or environ.get("GROQ_API_KEY", "").strip()
+    groq_key = secretfiles.read("groq.key_file", config.groq.key_file)
+    groq_key = groq_key or secretfiles.checked("environment GROQ_API_KEY", environ.get("GROQ_API_KEY", ""))
     if groq_key:
         found["groq"] = Upstream(_place("groq", config.groq, groq_key))
     for name, settings in config.providers.items():

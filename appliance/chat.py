@@ -14,7 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from appliance.errors import ApplianceError, BadRequest, Forbidden, InternalError, Unavailable
+from appliance.errors import ApplianceError, BadRequest, Draining, Forbidden, InternalError, Unavailable
 from appliance.messages import Chunk, CompletionRequest, FinishReason, Meter, Prompts, TokenLogprob, Usage
 from appliance.providers.base import Provider
 
@@ -93,28 +93,33 @@ class Chat:
         """Which servers elsewhere may be asked now."""
         return {name: other.refusal is None for name, other in self._others.items()}
 
-    async def begin(self, request: CompletionRequest, wish: Wish) -> tuple[Answer, Chunk]:
-        """An answer with its first chunk. Raises BadRequest, Forbidden, or Unavailable when nobody who may answer can;
-        of several reasons the first."""
+    async def begin(
+        self, request: CompletionRequest, wish: Wish, on_try: Callable[[Answer], None] = lambda answer: None
+    ) -> tuple[Answer, Chunk]:
+        """An answer with its first chunk; `on_try` is told of every try before it begins, since one that fails, or that
+        nobody waits for, has costs too. Raises BadRequest, Forbidden, or Unavailable when nobody who may answer can; of
+        several reasons the first."""
         refused: ApplianceError | None = None
-        for provider, reason in self._route(wish):
+        for provider, reason in self._route(request, wish):
             try:
-                return await self._start(provider, request, wish, reason)
+                return await self._start(provider, request, wish, reason, on_try)
             except ApplianceError as error:
-                if provider is self._local and not isinstance(error, Unavailable):
+                here = provider is self._local
+                if here and (isinstance(error, Draining) or not isinstance(error, Unavailable)):
                     raise
                 refused = refused or error
         assert refused is not None
         raise refused
 
-    def _route(self, wish: Wish) -> Iterator[tuple[Provider, str]]:
+    def _route(self, request: CompletionRequest, wish: Wish) -> Iterator[tuple[Provider, str]]:
         """Who may answer, in order, and why if it is not who was asked for."""
-        if wish.provider == "local" or (wish.provider == "auto" and not wish.fallback):
+        local = _only_here(request)
+        if wish.provider == "local" or (wish.provider == "auto" and (local or not wish.fallback)):
             yield self._local, ""
         elif wish.provider == "auto":
             yield from self._overflowing(wish)
         else:
-            yield from self._named(wish)
+            yield from self._named(wish, local)
 
     def _overflowing(self, wish: Wish) -> Iterator[tuple[Provider, str]]:
         other = self._others.get(OVERFLOW) if wish.prompts != "never" else None
@@ -126,15 +131,17 @@ class Chat:
             if other is not None:
                 yield other, "unavailable"
 
-    def _named(self, wish: Wish) -> Iterator[tuple[Provider, str]]:
+    def _named(self, wish: Wish, only_here: str) -> Iterator[tuple[Provider, str]]:
         other, why = self._others.get(wish.provider), ""
         if other is None:
             if wish.provider != OVERFLOW:
                 names = ", ".join(["auto", "local", OVERFLOW, *(n for n in self._others if n != OVERFLOW)])
                 raise BadRequest(f"There is no provider {wish.provider[:40]!r}; there are {names}.", param="provider")
             why = "not-configured"
-        elif wish.prompts == "never" or (wish.prompts == "if-saturated" and not self._is_busy(wish.patience)):
+        elif not self._may_leave(wish):
             why = "policy"
+        elif only_here:
+            why = "unsupported"
         if other is not None and not why:
             yield other, ""
             why = "unavailable"
@@ -145,8 +152,15 @@ class Chat:
                 f"This account's prompts may not go to {wish.provider} ({wish.prompts}): an administrator changes that "
                 "with `appliance account set-egress`."
             )
+        elif why == "unsupported":
+            raise BadRequest(f"{only_here} is answered by the local model only.", param=only_here)
         elif why == "not-configured":
             raise Unavailable("Groq is not configured on this box, and the request allows no other provider.")
+
+    def _may_leave(self, wish: Wish) -> bool:
+        """Whether prompts may go to who was named; what may only overflow goes to one, and from a busy box."""
+        overflows = wish.prompts == "if-saturated" and wish.provider == OVERFLOW
+        return wish.prompts == "allowed" or (overflows and self._is_busy(wish.patience))
 
     def _is_busy(self, patience: float) -> bool:
         """Whether a call would wait for too long here; a box that was too busy is so until the wait has halved, so that
@@ -156,13 +170,19 @@ class Chat:
         return busy
 
     async def _start(
-        self, provider: Provider, request: CompletionRequest, wish: Wish, reason: str
+        self,
+        provider: Provider,
+        request: CompletionRequest,
+        wish: Wish,
+        reason: str,
+        on_try: Callable[[Answer], None],
     ) -> tuple[Answer, Chunk]:
         request = replace(request, meter=Meter())
         model, chunks = provider.model_for(request), provider.complete(request)
         if provider is not self._local:
             chunks = self._noted(chunks, request, wish, self._others[provider.name], reason)
         answer = Answer(provider.name, model, chunks, request.meter, reason)
+        on_try(answer)
         try:
             first = await anext(chunks)
         except StopAsyncIteration:
@@ -181,6 +201,18 @@ class Chat:
         finally:
             if request.meter.bytes_out:
                 self._note(request, wish, other, reason or "asked")
+
+
+def _only_here(request: CompletionRequest) -> str:
+    """The field of a request that no server elsewhere can be relied on to honour; empty when there is none."""
+    asked = {
+        "prompt": request.prompt is not None,
+        "n": request.n > 1,
+        "logprobs": request.logprobs is not None,
+        "logit_bias": bool(request.sampling.logit_bias),
+        "ignore_eos": request.ignore_eos,
+    }
+    return next((name for name, is_asked in asked.items() if is_asked), "")
 
 
 async def collect(first: Chunk, chunks: AsyncGenerator[Chunk], n: int = 1) -> list[Completion]:

@@ -507,10 +507,17 @@ def key_rotate(config_file: str | None, data_dir: str | None, as_json: bool, key
 def _end(when: str) -> int:
     """Epoch seconds of an end: the end of a day in UTC, or so long from now. Raises UsageError."""
     try:
-        day = datetime.strptime(when, "%Y-%m-%d").replace(tzinfo=UTC)
-    except ValueError:
+        return _day(when) + 86_400
+    except UsageError:
         return int(time.time()) + _seconds(when)
-    return int(day.timestamp()) + 86_400
+
+
+def _day(text: str) -> int:
+    """Epoch seconds at which a day in UTC begins. Raises UsageError."""
+    try:
+        return int(datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).timestamp())
+    except ValueError:
+        raise UsageError(f"{text[:50]!r} is no day such as 2027-01-31.") from None
 
 
 def _seconds(text: str) -> int:
@@ -581,7 +588,7 @@ def egress_command(
     config_file: str | None, data_dir: str | None, as_json: bool, since: str | None, account: str | None
 ) -> None:
     """What has left the box: when, whose, where to, how much and why; never what."""
-    begin = _end(since) - 86_400 if since else 0
+    begin = _day(since) if since else 0
     rows = _operate(config.load(data_dir, config_file), "egress", since=begin, account=account)
     columns = ("at", "account_id", "key_id", "destination", "bytes_out", "bytes_in", "reason")
     _print_table(rows if as_json else [{**row, "at": int(row["at"])} for row in rows], columns, as_json)

@@ -111,6 +111,7 @@ class CompletionRequest:
     own_prefix: int = 0  # how many leading messages are the appliance's own (shared cache root)
     prompt: str | tuple[int, ...] | None = None  # text or tokens to be continued as they are, without a template
     model: str = ""  # that was asked for; only servers elsewhere may have several
+    said: frozenset[str] = frozenset()  # fields of the sampling that the request itself set
     request_id: str = ""
     meter: Meter = field(default_factory=Meter, compare=False)
 

@@ -34,7 +34,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from appliance.api.access_log import new_request_id, write_line
-from appliance.api.render import error_body, error_headers
+from appliance.api.render import error_body, error_headers, error_status
 from appliance.config import ServerSettings
 from appliance.errors import (
     AddressInUse,
@@ -256,7 +256,8 @@ class _Connection(HttpToolsProtocol):
         self.due: float | None = (
             None  # by the loop's clock, when the peer has to have acted; None: it has nothing to do
         )
-        self.deadline: asyncio.TimerHandle | None = None  # rings then, or earlier
+        self.deadline: asyncio.TimerHandle | None = None  # rings then, or earlier: at
+        self.rings_at = 0.0
         self.write_deadline: asyncio.TimerHandle | None = None
 
     # life
@@ -280,7 +281,8 @@ class _Connection(HttpToolsProtocol):
         self.pipeline.clear()
         self.discarding = True
         self.flow.resume_writing()
-        self.parser = None  # type: ignore[assignment]  # the two refer to each other
+        self.parser = None  # type: ignore[assignment]  # the two refer to each other, and so do these
+        self.cycle = self.running = None  # type: ignore[assignment]
 
     def shutdown(self) -> None:
         """The server drains: what is being asked or answered is the connection's last."""
@@ -502,13 +504,13 @@ class _Connection(HttpToolsProtocol):
         """Sets the one deadline for the peer's next act; None: it has nothing to do. A timer that rings too early is
         cheaper than a new one for every phase."""
         self.due = None if seconds is None else self.loop.time() + seconds
-        if self.due is not None and (self.deadline is None or self.deadline.when() > self.due):
+        if self.due is not None and (self.deadline is None or self.rings_at > self.due):
             self._ring_at(self.due)
 
     def _ring_at(self, when: float) -> None:
         if self.deadline is not None:
             self.deadline.cancel()
-        self.deadline = self.loop.call_at(when, self._ring)
+        self.deadline, self.rings_at = self.loop.call_at(when, self._ring), when
 
     def _ring(self) -> None:
         self.deadline = None
@@ -550,7 +552,7 @@ class _Connection(HttpToolsProtocol):
     def _refuse(self, error: ApplianceError) -> None:
         """Answers where there is no exchange, and ends the connection."""
         request_id = new_request_id()
-        body = error_body(error, request_id)
+        body = error_body(error, request_id, self.url.decode("latin-1") if self.headers else "")
         headers = [
             *self.server_state.default_headers,
             *error_headers(error),
@@ -722,5 +724,6 @@ class _Exchange(RequestResponseCycle):
             (b"content-length", b"%d" % len(body)),
             (b"x-request-id", request_id.encode()),
         ]
-        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        status = error_status(error, self.scope["path"])
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body, "more_body": False})

@@ -5,13 +5,23 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from appliance.chat import Answer, Chat, Elsewhere, Wish
-from appliance.errors import ApplianceError, BadRequest, Forbidden, ModelNotReady, PromptTooLong, Saturated, Unavailable
-from appliance.messages import Chunk, CompletionRequest, Message, Usage
+from appliance.errors import (
+    ApplianceError,
+    BadRequest,
+    Draining,
+    Forbidden,
+    ModelNotReady,
+    PromptTooLong,
+    Saturated,
+    Unavailable,
+)
+from appliance.messages import Chunk, CompletionRequest, Message, Sampling, Usage
 
 REQUEST = CompletionRequest((Message("user", "Hello"),), "acc")
 
@@ -133,10 +143,11 @@ def test_a_provider_is_named_where_that_is_allowed(name: str) -> None:
     assert stage.served(provider=name, prompts="never") == ("local", "policy")
     assert stage.served(provider=name, prompts="if-saturated") == ("local", "policy")
     stage.local.seconds = 11
-    assert stage.served(provider=name, prompts="if-saturated") == (name, "")
+    overflows = ("groq", "") if name == "groq" else ("local", "policy")  # only one helps out
+    assert stage.served(provider=name, prompts="if-saturated") == overflows
     with pytest.raises(Forbidden, match="set-egress"):
         stage.served(provider=name, prompts="never", fallback=False)
-    assert len(stage.noted) == 3
+    assert len(stage.noted) == 2 + (name == "groq")
 
 
 def test_what_is_not_there_cannot_be_named() -> None:
@@ -162,6 +173,44 @@ def test_who_fails_before_a_word_is_followed_by_the_next() -> None:
     stage.local.error = Saturated("The line is full.")
     with pytest.raises(Unavailable, match="did not answer"):
         stage.served(prompts="if-saturated")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n", 2), ("prompt", "Once"), ("logprobs", 0), ("ignore_eos", True), ("logit_bias", ((5, 1.0),))],
+)
+def test_what_only_this_box_can_do_goes_nowhere_else(field: str, value: Any) -> None:
+    stage = Stage()
+    stage.local.seconds = 11
+    sampling = Sampling(logit_bias=value) if field == "logit_bias" else Sampling()
+    request = replace(REQUEST, sampling=sampling) if field == "logit_bias" else replace(REQUEST, **{field: value})
+    for wish in (Wish(prompts="allowed"), Wish("groq", prompts="allowed")):
+        answer, _ = asyncio.run(stage.chat.begin(request, wish))
+        assert answer.provider == "local"
+    with pytest.raises(BadRequest) as refused:
+        asyncio.run(stage.chat.begin(request, Wish("groq", fallback=False, prompts="allowed")))
+    assert refused.value.param == field and stage.groq.asked == 0
+    assert stage.served(prompts="allowed") == ("groq", "saturated"), "the control"
+
+
+def test_a_server_that_stops_sends_nobody_elsewhere() -> None:
+    stage = Stage()
+    stage.local.error = Draining("The server is stopping.", retry_after=5)
+    with pytest.raises(Draining):
+        stage.served(prompts="allowed")
+    assert stage.groq.asked == 0
+
+
+def test_every_try_is_told_before_it_begins() -> None:
+    stage = Stage()
+    stage.groq.error, told = Unavailable("groq did not answer as it should."), list[str]()
+
+    async def begin() -> None:
+        wish = Wish("groq", prompts="allowed")
+        await stage.chat.begin(REQUEST, wish, lambda answer: told.append(f"{answer.provider} {stage.local.asked}"))
+
+    asyncio.run(begin())
+    assert told == ["groq 0", "local 0"]
 
 
 def test_a_provider_that_has_no_room_is_not_even_tried() -> None:

@@ -10,7 +10,8 @@ import email.utils
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from contextlib import asynccontextmanager
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -95,7 +96,10 @@ def refused(upstream: Upstream) -> ApplianceError:
 def test_a_completion_is_asked_for_as_openai_wants_it() -> None:
     script = Script((200, GOOD + DONE))
     sampling = Sampling(temperature=0.3, top_p=0.9, seed=5, presence_penalty=0.5)
-    asked = request(sampling=sampling, max_tokens=9, stop=("x",), json_schema={"type": "object"}, model="old")
+    said = frozenset({"temperature", "top_p"})
+    asked = request(
+        sampling=sampling, max_tokens=9, stop=("x",), json_schema={"type": "object"}, model="old", said=said
+    )
     chunks = ask(at(script), asked)
     [sent] = script.asked
     assert str(sent.url) == "http://groq.test/openai/v1/chat/completions" and sent.method == "POST"
@@ -118,6 +122,27 @@ def test_a_completion_is_asked_for_as_openai_wants_it() -> None:
     meter = asked.meter
     assert (meter.prompt_tokens, meter.completion_tokens, meter.seconds) == (5, 2, 0.0)
     assert meter.bytes_out == len(sent.content) and meter.bytes_in == len(GOOD + DONE)
+
+
+def test_what_a_request_does_not_say_is_left_to_the_server() -> None:
+    script = Script((200, GOOD + DONE))
+    ask(at(script), request(sampling=Sampling(temperature=0.0)))  # as the model here likes it
+    assert not {"temperature", "top_p", "seed"} & set(json.loads(script.asked[0].content))
+
+
+def test_an_answer_that_is_broken_off_has_been_paid_for() -> None:
+    async def leave(asked: CompletionRequest) -> None:
+        chunks = at(Script((200, GOOD + DONE))).complete(asked)
+        await anext(chunks)
+        await chunks.aclose()
+
+    asked = request()
+    asyncio.run(leave(asked))
+    assert asked.meter.prompt_tokens > 0 and asked.meter.completion_tokens == 1
+    asked = request()
+    with pytest.raises(Unavailable):
+        ask(at(Script((200, chunk("Hel") + chunk("lo")))), asked)
+    assert asked.meter.completion_tokens == 2
 
 
 def test_several_choices_and_a_server_that_counts_nothing_and_says_no_done() -> None:
@@ -171,6 +196,7 @@ def test_every_status_becomes_one_of_ours(status: int, body: Any, kind: type[App
     ("value", "least", "most"),
     [
         ("7", 7, 7), (None, 60, 60), ("abc", 60, 60), ("-1", 1, 1), ("1000000000", 3_600, 3_600), ("nan", 60, 60),
+        ("Mon, 01 Jan 99999 00:00:00 GMT", 60, 60),
         ("in 100 s", 97, 101), ("Mon, 01 Jan 2001 00:00:00 GMT", 1, 1),
     ],
 )  # fmt: skip
@@ -217,6 +243,11 @@ def test_a_server_that_fails_again_and_again_is_left_alone_and_tried_by_one() ->
     script.answers = [(500, b"{}")]
     refused(groq)
     assert groq.refusal is None, "one failure is none"
+    for answer in ((404, b"{}"), (200, chunk("Hel"))):  # it is there, whatever it says
+        script.answers = [answer]
+        for _ in range(2 * FAILURES):
+            refused(groq)
+        assert groq.refusal is None, answer
 
 
 def test_while_one_call_tries_a_broken_server_the_others_do_not() -> None:
@@ -275,36 +306,55 @@ def test_a_page_instead_of_a_stream_and_an_answer_without_end_are_refused(monkey
 # ── over a real socket ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def served(
-    answer: Callable[[asyncio.StreamWriter], Awaitable[None]], **place: Any
-) -> tuple[float, ApplianceError | None, int]:
-    """Asks a server that answers like that: seconds it took, the error, and the connections that came."""
-    came = 0
+@asynccontextmanager
+async def listening(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> AsyncIterator[tuple[int, list[asyncio.StreamWriter]]]:
+    """A server on loopback: its port, and the connections that came."""
+    came: list[asyncio.StreamWriter] = []
+    tasks: list[asyncio.Task[None]] = []
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal came
-        came += 1
+    async def guarded(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(writer)
+        tasks.append(cast("asyncio.Task[None]", asyncio.current_task()))
         try:
-            await reader.readuntil(b"\r\n\r\n")
-            await answer(writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
+            await serve(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    upstream = Upstream(Place("other", f"http://127.0.0.1:{port}/v1", "m", **place))
-    started, error = time.monotonic(), None
+    server = await asyncio.start_server(guarded, "127.0.0.1", 0)
     try:
-        async for _ in upstream.complete(request()):
-            pass
-    except ApplianceError as found:
-        error = found
-    took = time.monotonic() - started
-    await upstream.close()
-    server.close()
-    return took, error, came
+        yield server.sockets[0].getsockname()[1], came
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0.05)
+
+
+async def served(
+    answer: Callable[[asyncio.StreamWriter], Awaitable[None]], **place: Any
+) -> tuple[float, ApplianceError | None, int]:
+    """Asks a server that answers like that: seconds it took, the error, and the connections that came."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await answer(writer)
+
+    async with listening(serve) as (port, came):
+        upstream = Upstream(Place("other", f"http://127.0.0.1:{port}/v1", "m", **place))
+        started, error = time.monotonic(), None
+        try:
+            async for _ in upstream.complete(request()):
+                pass
+        except ApplianceError as found:
+            error = found
+        took = time.monotonic() - started
+        await upstream.close()
+    return took, error, len(came)
 
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
@@ -317,6 +367,27 @@ def test_a_real_answer_over_a_real_socket() -> None:
 
     _, error, came = asyncio.run(served(good))
     assert error is None and came == 1
+
+
+def test_a_connection_is_used_again() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
+            body = GOOD + DONE
+            kind = b"Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+            writer.write(b"HTTP/1.1 200 OK\r\n" + kind + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+            await writer.drain()
+
+    async def three_times() -> int:
+        async with listening(serve) as (port, came):
+            upstream = Upstream(Place("other", f"http://127.0.0.1:{port}/v1", "m"))
+            for _ in range(3):
+                assert [c.text async for c in upstream.complete(request())] == ["Hel", "lo", ""]
+            await upstream.close()
+        return len(came)
+
+    assert asyncio.run(three_times()) == 1
 
 
 def test_a_server_that_hangs_is_given_up() -> None:
@@ -360,8 +431,10 @@ def test_nobody_there() -> None:
         port = server.sockets[0].getsockname()[1]
         server.close()
         await server.wait_closed()
+        asked = request()
         with pytest.raises(Unavailable) as error:
-            await anext(Upstream(Place("other", f"http://127.0.0.1:{port}/v1", "m")).complete(request()))
+            await anext(Upstream(Place("other", f"http://127.0.0.1:{port}/v1", "m")).complete(asked))
+        assert asked.meter.bytes_out == 0, "what never left is not counted as out"
         return error.value
 
     assert "other" in asyncio.run(ask_nobody()).message

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from functools import partial
 
-from appliance.errors import Unavailable
+from appliance.errors import ApplianceError
 from appliance.store import egress
 from appliance.store.database import Store
 from appliance.store.egress import Row
+
+log = logging.getLogger("appliance.egress")
 
 RETRY_SECONDS = 1.0
 CLOSE_SECONDS = 0.8
@@ -22,6 +25,7 @@ class EgressLog:
         self._store = store
         self._rows: deque[Row] = deque()
         self._writer: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
 
     def add(self, row: Row) -> None:
         self._rows.append(row)
@@ -29,15 +33,32 @@ class EgressLog:
             self._writer = asyncio.get_running_loop().create_task(self._write())
 
     async def close(self) -> None:
-        """A last moment for what is not written yet."""
+        """One last attempt; the log says how many rows are lost."""
+        self._closing.set()
         if self._writer is not None:
             await asyncio.wait({self._writer}, timeout=CLOSE_SECONDS)
+        if self._rows:
+            log.error("the store could not be written: %d rows of what left the box are lost", len(self._rows))
 
     async def _write(self) -> None:
         while self._rows:
+            last_attempt = self._closing.is_set()
             try:
                 await asyncio.wrap_future(self._store.write(partial(egress.insert, row=self._rows[0])))
-            except Unavailable:
-                await asyncio.sleep(RETRY_SECONDS)
+            except ApplianceError as error:
+                if last_attempt:
+                    return
+                log.warning("what left the box cannot be written down now: %s", error.message)
+                await self._pause()
+            except Exception:
+                log.exception("a row of what left the box cannot be written; it is dropped")
+                self._rows.popleft()
             else:
                 self._rows.popleft()
+
+    async def _pause(self) -> None:
+        try:
+            async with asyncio.timeout(RETRY_SECONDS):
+                await self._closing.wait()
+        except TimeoutError:
+            pass

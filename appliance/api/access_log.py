@@ -10,10 +10,16 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from appliance import logs
+from appliance.api.render import Family, family
 from appliance.messages import Caller
 from appliance.store.calls import Row
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_NAMES: dict[Family, tuple[bytes, ...]] = {  # under which clients look for it
+    "seed": (b"x-request-id",),
+    "openai": (b"x-request-id",),
+    "anthropic": (b"x-request-id", b"request-id"),
+}
 CLIENT_GONE = 499  # as proxies log an answer that nobody waited for
 
 
@@ -35,7 +41,8 @@ class AccessLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", request_id.encode())]}
+                stamp = [(name, request_id.encode()) for name in _NAMES[family(scope["path"])]]
+                message = {**message, "headers": [*message.get("headers", []), *stamp]}
             await send(message)
 
         try:

@@ -61,10 +61,13 @@ class Exchange:
 
     async def _begin(self) -> tuple[Answer, Chunk]:
         await self._turn.wait()
-        answer, first = await self._services.chat.begin(self._asked, self._wish)
-        self._turn.spent = partial(_spent, answer)
+        answer, first = await self._services.chat.begin(self._asked, self._wish, self._note)
         self._turn.told = _told(answer)
         return answer, first
+
+    def _note(self, answer: Answer) -> None:
+        """What this try takes is what the call has taken."""
+        self._turn.spent = partial(_spent, answer)
 
     async def _collected(self) -> tuple[Answer, list[Completion]]:
         with self._turn.working():

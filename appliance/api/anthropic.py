@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from appliance.api.answers import Exchange
 from appliance.api.body import read_json
-from appliance.api.openai import known_model
+from appliance.api.openai import known_model, said
 from appliance.api.services import Services
 from appliance.chat import Answer
 from appliance.errors import BadRequest
@@ -58,6 +58,17 @@ class CountBody(Struct, kw_only=True):
         return own + tuple(Message(m.role, _text(m.content, f"messages[{i}]")) for i, m in enumerate(self.messages))
 
 
+class Format(Struct):
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(Struct):
+    """How the answer has to look; whatever else there is in it is ignored."""
+
+    format: Format | None = None
+
+
 class MessagesBody(CountBody, kw_only=True):
     """The request of `/v1/messages`."""
 
@@ -69,6 +80,11 @@ class MessagesBody(CountBody, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=1_000)] | None = None
+    output_config: OutputConfig | None = None
+
+    def schema(self) -> dict[str, Any] | None:
+        wanted = self.output_config.format if self.output_config else None
+        return wanted.schema if wanted else None
 
     def sampling(self, defaults: Sampling) -> Sampling:
         given = {name: v for name in ("temperature", "top_p", "top_k") if (v := getattr(self, name)) is not None}
@@ -104,6 +120,7 @@ class UsageBody(Struct):
 class MessageReply(Struct):
     id: str
     model: str
+    provider: str
     content: list[TextBlock]
     usage: UsageBody
     stop_reason: StopReason | None = None
@@ -129,6 +146,8 @@ async def messages(request: Request, services: Services) -> Response:
         sampling=body.sampling(services.local.defaults),
         max_tokens=body.max_tokens,
         stop=tuple(body.stop_sequences),
+        json_schema=body.schema(),
+        said=said(body, "temperature", "top_p"),
         request_id=request_id,
     )
     exchange = Exchange(request, services, asked)
@@ -137,7 +156,9 @@ async def messages(request: Request, services: Services) -> Response:
         return await exchange.stream(partial(_events, name))
     answer, [done] = await exchange.whole()
     reason, stop = _stop(done.finish_reason, done.stop)
-    return _json(MessageReply(name, answer.model, [TextBlock(done.text)], _usage(done.usage), reason, stop))
+    return _json(
+        MessageReply(name, answer.model, answer.provider, [TextBlock(done.text)], _usage(done.usage), reason, stop)
+    )
 
 
 async def count_tokens(request: Request, services: Services) -> Response:
@@ -149,7 +170,7 @@ async def count_tokens(request: Request, services: Services) -> Response:
 
 async def _events(name: str, answer: Answer, chunks: AsyncIterator[Chunk]) -> AsyncGenerator[bytes]:
     """One message with one block of text; how much of the prompt was cached is known at the end only."""
-    start = MessageReply(name, answer.model, [], UsageBody(answer.meter.asked, 0))
+    start = MessageReply(name, answer.model, answer.provider, [], UsageBody(answer.meter.asked, 0))
     yield _event("message_start", message=start)
     yield _event("content_block_start", index=0, content_block=TextBlock(""))
     async for chunk in chunks:

@@ -83,6 +83,7 @@ ENDPOINTS = (
     Endpoint(
         "GET", "/api/egress", egress.own_egress, "full", ("/api/v1/egress",),
         reply=egress.EgressReply, query=("since",),
+        leases=False,
     ),
     Endpoint(
         "GET", "/v1/models", openai.models, "llm", as_groq("/models"), reply=openai.ModelsReply, leases=False
@@ -110,6 +111,7 @@ ENDPOINTS = (
     Endpoint(
         "POST", "/v1/messages/count_tokens", anthropic.count_tokens, "llm",
         body=anthropic.CountBody, reply=anthropic.CountReply,
+        leases=False,
     ),
     Endpoint(
         "POST", "/llm/chat", llm.chat, "llm", under_api("/llm/chat"),
@@ -155,6 +157,7 @@ class Routes:
         method = scope["method"]
         endpoint = methods.get("GET" if method == "HEAD" else method)
         if endpoint is None:
+            self._gate.refuse(request)
             allow = ", ".join(sorted({*methods, "HEAD"} if "GET" in methods else methods))
             takes = f"This endpoint does not take {method[:20]}; it takes {allow}."
             raise MethodNotAllowed(takes, headers={"Allow": allow})

@@ -153,6 +153,7 @@ def completion_request(
         json_schema=body.response_format.constraint() if body.response_format else None,
         ignore_eos=body.ignore_eos,
         model=body.model or "",
+        said=frozenset(name for name in ("temperature", "top_p") if getattr(body, name) is not None),
         request_id=request_id,
     )
 

@@ -68,6 +68,7 @@ async def models(request: Request, services: Services) -> Response:
 
 async def model(request: Request, services: Services) -> Response:
     """One of them; its name may hold slashes."""
+    services.local.loaded  # noqa: B018  # raises while there is none
     return _json(ModelBody(known_model(services, request.path_params["name"])))
 
 
@@ -76,7 +77,9 @@ def _names(services: Services) -> list[str]:
 
 
 def known_model(services: Services, name: str | None) -> str:
-    """The model that `name` asks for; None: whichever answers. Raises ModelNotFound."""
+    """The model that `name` asks for; None, or while none is loaded: whichever answers. Raises ModelNotFound."""
+    if not services.local.ready:
+        return name or ""
     names = _names(services)
     if name is not None and name not in names:
         raise ModelNotFound(f"There is no model {name[:100]!r} here; there is {', '.join(names)}.", param="model")
@@ -205,6 +208,11 @@ class ChatBody(SamplingBody, kw_only=True):
         return wanted.json_schema.schema
 
 
+def said(body: Struct, *names: str) -> frozenset[str]:
+    """Those of the fields that a request sets."""
+    return frozenset(name for name in names if getattr(body, name) is not None)
+
+
 def _role(message: MessageBody, i: int) -> Role:
     if message.role not in ROLES:
         raise BadRequest(
@@ -241,6 +249,7 @@ def chat_request(
         ignore_eos=body.ignore_eos,
         n=body.n or 1,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        said=said(body, "temperature", "top_p"),
         request_id=request_id,
     )
 
@@ -372,6 +381,7 @@ class ChunkBody(Struct):
     model: str
     choices: list[DeltaChoice]
     usage: UsageBody | UnsetType | None = UNSET
+    provider: str = ""
     object: str = "chat.completion.chunk"
 
 
@@ -414,6 +424,7 @@ class TextReply(Struct):
     model: str
     choices: list[TextChoice]
     usage: UsageBody | UnsetType | None = UNSET
+    provider: str = ""
     object: str = "text_completion"
 
 
@@ -431,13 +442,15 @@ async def completions(request: Request, services: Services) -> Response:
         return await exchange.stream(partial(_text_events, about, with_usage))
     answer, done = await exchange.whole()
     choices = [TextChoice(i, c.text, c.finish_reason, _legacy(c.logprobs, 0)) for i, c in enumerate(done)]
-    return _json(TextReply(about.id, about.created, answer.model, choices, usage_body(done[0].usage)))
+    usage = usage_body(done[0].usage)
+    return _json(TextReply(about.id, about.created, answer.model, choices, usage, answer.provider))
 
 
 async def _text_events(
     about: _About, with_usage: bool, answer: Answer, chunks: AsyncIterator[Chunk]
 ) -> AsyncGenerator[bytes]:
-    body = TextReply(about.id, about.created, answer.model, [], None if with_usage else UNSET)
+    usage = None if with_usage else UNSET
+    body = TextReply(about.id, about.created, answer.model, [], usage, answer.provider)
     written: dict[int, int] = defaultdict(int)  # characters, by choice
     async for chunk in chunks:
         logprobs = _legacy(chunk.logprobs, written[chunk.index])
@@ -483,7 +496,8 @@ async def _chat_events(
     about: _About, with_usage: bool, answer: Answer, chunks: AsyncIterator[Chunk]
 ) -> AsyncGenerator[bytes]:
     """Per choice: its role, its texts, its end; then the usage if that was asked for, and `[DONE]`."""
-    body = ChunkBody(about.id, about.created, answer.model, [], None if with_usage else UNSET)
+    usage = None if with_usage else UNSET
+    body = ChunkBody(about.id, about.created, answer.model, [], usage, answer.provider)
 
     def event(*choices: DeltaChoice) -> bytes:
         body.choices = list(choices)

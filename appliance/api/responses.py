@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from appliance.api.answers import Exchange
 from appliance.api.body import read_json
-from appliance.api.openai import ANY_JSON_OBJECT, ROLES, Part, known_model, text_of
+from appliance.api.openai import ANY_JSON_OBJECT, ROLES, Part, known_model, said, text_of
 from appliance.api.services import Services
 from appliance.chat import Answer
 from appliance.errors import BadRequest
@@ -61,14 +61,18 @@ class ResponsesBody(Struct, kw_only=True):
     conversation: Any = None
     background: bool | None = None
     prompt: Any = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    include: list[str] | None = None
     provider: Annotated[str, Meta(min_length=1, max_length=40)] | None = None
     fallback: bool = True
 
     def refuse_what_is_not_done(self) -> None:
         """Known fields that cannot be honoured. Raises BadRequest with the field's name."""
-        for name in ("tools", "previous_response_id", "conversation", "background", "prompt"):
+        for name in ("tools", "previous_response_id", "conversation", "background", "prompt", "top_logprobs"):
             if getattr(self, name):
                 raise BadRequest(f"{name} is not supported here.", param=name)
+        if "message.output_text.logprobs" in (self.include or ()):
+            raise BadRequest("Log-probabilities are not included here.", param="include")
 
     def conversation_in_all(self) -> tuple[Message, ...]:
         own = (Message("system", self.instructions),) if self.instructions else ()
@@ -175,6 +179,7 @@ async def responses(request: Request, services: Services) -> Response:
         sampling=body.sampling(services.local.defaults),
         max_tokens=body.max_output_tokens,
         json_schema=body.schema(),
+        said=said(body, "temperature", "top_p"),
         request_id=request_id,
     )
     exchange = Exchange(request, services, asked, body.provider, body.fallback)

@@ -27,6 +27,8 @@ FOLD = 64  # rows of the folded view
 FEW = 256
 FIRST_NUCLEUS = 256  # candidates that nearly always hold the whole top-p nucleus
 
+COLDEST = 1e-5  # below it nothing but the likeliest token has a share that a float can tell
+
 
 class Sampler:
     """One choice's way of drawing: its settings and its random generator."""
@@ -51,7 +53,7 @@ class Sampler:
         if self._penalised:
             self._penalise(row, history)
         s = self.settings
-        if s.temperature <= 0.0:
+        if s.temperature < COLDEST:
             return greedy(row)
         if not s.top_k and s.top_p == 1.0 and s.min_p == 0.0:
             return self._pick_of_all(row)

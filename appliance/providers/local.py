@@ -197,6 +197,11 @@ class LocalProvider:
             raise BadRequest(
                 f"max_tokens is {request.max_tokens}; the context takes {engine.max_sequence} tokens here."
             )
+        if any(token >= engine.model.n_tokens for token, _ in request.sampling.logit_bias):
+            raise BadRequest(
+                f"logit_bias names a token that this model does not have: it has 0 to {engine.model.n_tokens - 1}.",
+                param="logit_bias",
+            )
         limits = self._limits(engine)
         if request.prompt is None:
             encoding = loaded.encoder.encode(request.messages, own_prefix=request.own_prefix, **limits)

@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from appliance.errors import ApplianceError, BadRequest, Unavailable
-from appliance.messages import Chunk, CompletionRequest, FinishReason, Usage
+from appliance.messages import Chunk, CompletionRequest, FinishReason, Meter, Usage
 
 log = logging.getLogger("appliance.upstream")
 
@@ -35,6 +35,8 @@ USUAL_WAIT = 60  # seconds, where a refusal names none
 LONGEST_WAIT = 3_600
 RETRY_SECONDS = (0.1, 0.4)
 PASSING = {498, 500, 502, 503, 504}  # what may go well a moment later; 498 is Groq's "no capacity"
+END_SECONDS = 0.2  # after the last event the end of the response comes at once, or never
+DONE = b"[DONE]"
 TOKEN_BYTES = 4  # about, where a server counts no tokens
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
@@ -140,15 +142,19 @@ class Upstream:
         deadline = time.monotonic() + self.place.total_seconds
         body = msgspec.json.encode(_payload(request, self.model_for(request)))
         response: httpx.Response | None = None
+        reading = _Reading()
         try:
             response = await self._open(request, body, deadline)
-            async for chunk in self._chunks(request, response, deadline):
+            async for chunk in self._chunks(request, response, deadline, reading):
                 yield chunk
-            self._failures = 0
-        except (_Failed, httpx.HTTPError, TimeoutError, msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise self._fail(error) from None
+        except ApplianceError:
+            raise
+        except Exception as error:  # whatever a server says or does, it is not the caller's fault, nor ours
+            raise self._fail(error, reading) from None
         finally:
             self._trying = False
+            if reading.began:
+                _read_meter(request, reading)
             if response is not None:
                 await response.aclose()
 
@@ -167,20 +173,20 @@ class Upstream:
             return await self._post(request, body, deadline)
 
     async def _post(self, request: CompletionRequest, body: bytes, deadline: float) -> httpx.Response:
-        request.meter.bytes_out += len(body)
         phases = {"connect": self.place.connect_seconds, "pool": self.place.connect_seconds}
         asked = httpx.Request(
             "POST", self._url, headers=[*self._headers, ("Content-Length", str(len(body)))],
-            stream=httpx.ByteStream(body), extensions={"timeout": phases | {"read": None, "write": None}},
+            stream=_Leaving(body, request.meter), extensions={"timeout": phases | {"read": None, "write": None}},
         )  # fmt: skip
         async with asyncio.timeout(min(self.place.first_seconds, deadline - time.monotonic())):
             response = await self._transport.handle_async_request(asked)
-            if response.status_code != 200:
-                try:
+            try:
+                if response.status_code != 200:
                     raise await self._refused(request, response)
-                finally:
-                    await response.aclose()
-        self._heed(response.headers)
+                self._heed(response.headers)
+            except BaseException:
+                await response.aclose()
+                raise
         return response
 
     def _heed(self, headers: httpx.Headers) -> None:
@@ -200,6 +206,7 @@ class Upstream:
             return self.refusal or Unavailable(f"{self.name} has no room for this box now.")
         if status in PASSING:
             return _Failed(f"status {status}")
+        self._failures = 0  # it is there, and says so
         if status in (401, 403):
             log.error("%s refuses this box's key: see its file or environment variable", self.name)
             return Unavailable(f"{self.name} does not let this box in.")
@@ -212,9 +219,11 @@ class Upstream:
             return BadRequest(f"{self.name} does not take this request.")
         return _Failed(f"status {status}")
 
-    def _fail(self, error: Exception) -> ApplianceError:
-        self._failures += 1
+    def _fail(self, error: Exception, reading: _Reading) -> ApplianceError:
+        """What a failure means: a server whose answer had begun, or that we had no connection left for, is not down."""
         log.warning("%s failed: %s", self.name, _reason(error))
+        if not reading.began and not isinstance(error, httpx.PoolTimeout):
+            self._failures += 1
         if self._failures >= FAILURES:
             self._close(REST_SECONDS, "does not answer")
         return Unavailable(f"{self.name} did not answer as it should.", retry_after=5)
@@ -225,39 +234,74 @@ class Upstream:
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _chunks(
-        self, request: CompletionRequest, response: httpx.Response, deadline: float
+        self, request: CompletionRequest, response: httpx.Response, deadline: float, reading: _Reading
     ) -> AsyncGenerator[Chunk]:
         """The answer's pieces. The last one is held back until the usage is known."""
         if "text/event-stream" not in response.headers.get("content-type", ""):
             raise _Failed("it sent no event stream")
-        pieces, usage, ends = 0, None, dict[int, FinishReason]()
+        ends = dict[int, FinishReason]()
         events = _events(request, response)
         within = self.place.first_seconds
         while True:
             async with asyncio.timeout(min(within, deadline - time.monotonic())):
-                data = await anext(events, b"[DONE]")
+                data = await anext(events, DONE)
             within = self.place.gap_seconds
-            if data == b"[DONE]":
+            if data == DONE:
                 break
             event = msgspec.json.decode(data, type=_Event)
             if event.error is not None:
                 raise _Failed("it sent an error in the stream")
-            usage = event.usage or usage
+            reading.usage = event.usage or reading.usage
             for choice in event.choices:
                 if not 0 <= choice.index < request.n:
                     raise _Failed("it sent a choice that was not asked for")
                 if choice.delta.content:
-                    pieces += 1
+                    self._failures = 0
+                    reading.pieces += 1
                     yield Chunk(choice.delta.content, choice.index)
                 if choice.finish_reason:
                     ends[choice.index] = "length" if choice.finish_reason == "length" else "stop"
         if len(ends) < request.n:
             raise _Failed("its answer broke off")
-        counted = _usage(usage, request, pieces)
-        request.meter.prompt_tokens, request.meter.completion_tokens = counted.prompt_tokens, counted.completion_tokens
-        request.meter.cached_tokens = counted.cached_tokens
+        self._failures = 0
+        await _read_out(events)
+        counted = _usage(reading, request)
         for index, reason in sorted(ends.items()):
             yield Chunk("", index, reason, counted if index == request.n - 1 else None)
+
+
+@dataclass(slots=True)
+class _Reading:
+    """How far an answer has come."""
+
+    pieces: int = 0
+    usage: _Usage | None = None
+
+    @property
+    def began(self) -> bool:
+        return self.pieces > 0 or self.usage is not None
+
+
+class _Leaving(httpx.AsyncByteStream):
+    """A body on its way out, counted as it goes."""
+
+    def __init__(self, body: bytes, meter: Meter) -> None:
+        self._body = body
+        self._meter = meter
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        self._meter.bytes_out += len(self._body)
+        yield self._body
+
+
+async def _read_out(events: AsyncGenerator[bytes]) -> None:
+    """To the end of the response, which follows at once, so that its connection can be used again."""
+    try:
+        async with asyncio.timeout(END_SECONDS):
+            async for _ in events:
+                pass
+    except (TimeoutError, httpx.HTTPError, _Failed):
+        pass
 
 
 def _payload(request: CompletionRequest, model: str) -> dict[str, Any]:
@@ -268,10 +312,10 @@ def _payload(request: CompletionRequest, model: str) -> dict[str, Any]:
         "messages": [{"role": m.role, "content": m.content} for m in request.messages],
         "stream": True,
         "stream_options": {"include_usage": True},
-        "temperature": s.temperature,
-        "top_p": s.top_p,
     }
     optional: dict[str, Any] = {
+        "temperature": s.temperature if "temperature" in request.said else None,
+        "top_p": s.top_p if "top_p" in request.said else None,
         "max_tokens": request.max_tokens,
         "stop": list(request.stop) or None,
         "seed": s.seed,
@@ -334,13 +378,19 @@ def _code(body: bytes) -> str:
 
 def _retry_after(value: str) -> float:
     """Seconds that a refusal asks for: a number or a date (RFC 9110, 10.2.3), held within bounds."""
-    seconds: float = USUAL_WAIT
     try:
         seconds = float(value)
     except ValueError:
-        if (date := email.utils.parsedate_tz(value)) is not None:
-            seconds = email.utils.mktime_tz(date) - time.time()
+        seconds = _until(value)
     return min(max(1.0, seconds), LONGEST_WAIT) if seconds == seconds else USUAL_WAIT
+
+
+def _until(date: str) -> float:
+    try:
+        found = email.utils.parsedate_tz(date)
+        return USUAL_WAIT if found is None else email.utils.mktime_tz(found) - time.time()
+    except (ValueError, OverflowError):  # the year 99999
+        return USUAL_WAIT
 
 
 def _duration(value: str) -> float:
@@ -352,14 +402,21 @@ def _duration(value: str) -> float:
     return min(max(1.0, 3_600 * hours + 60 * minutes + seconds + thousandths / 1e3), LONGEST_WAIT)
 
 
-def _usage(found: _Usage | None, request: CompletionRequest, pieces: int) -> Usage:
+def _usage(reading: _Reading, request: CompletionRequest) -> Usage:
     """What the server counted; else about what it must have been."""
-    if found is not None:
+    if (found := reading.usage) is not None:
         details = found.prompt_tokens_details
         cached = (details.cached_tokens or 0) if details else 0
         return Usage(max(0, found.prompt_tokens), max(0, found.completion_tokens), max(0, cached))
     size = sum(len(m.content.encode()) for m in request.messages)
-    return Usage(size // TOKEN_BYTES, pieces)
+    return Usage(max(1, size // TOKEN_BYTES), reading.pieces)
+
+
+def _read_meter(request: CompletionRequest, reading: _Reading) -> None:
+    """Also what was broken off has been paid for."""
+    counted, meter = _usage(reading, request), request.meter
+    meter.prompt_tokens, meter.completion_tokens = counted.prompt_tokens, counted.completion_tokens
+    meter.cached_tokens = counted.cached_tokens
 
 
 def _reason(error: Exception) -> str:
