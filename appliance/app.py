@@ -171,7 +171,7 @@ class Process:
     def _note_egress(self, request: CompletionRequest, wish: Wish, other: Elsewhere, reason: str) -> None:
         meter = request.meter
         row = (request.account, wish.key_id, other.destination, meter.bytes_out, meter.bytes_in, reason)
-        self.egress.add(EgressRow(time.time(), *row))
+        self.egress.add(EgressRow(time.time(), *row, request.request_id))
 
     def reload(self) -> dict[str, Any]:
         """Reads the settings again, valid as a whole or refused as a whole; blocks. Raises ConfigError; nothing has

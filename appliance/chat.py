@@ -149,8 +149,8 @@ class Chat:
             yield self._local, why
         elif why == "policy":
             raise Forbidden(
-                f"This account's prompts may not go to {wish.provider} ({wish.prompts}): an administrator changes that "
-                "with `appliance account set-egress`."
+                f"Prompts of this account, or of this key, may not go to {wish.provider} (policy: {wish.prompts}). An "
+                "administrator sets the account's with `appliance account set-egress`, a key's when it is made."
             )
         elif why == "unsupported":
             raise BadRequest(f"{only_here} is answered by the local model only.", param=only_here)

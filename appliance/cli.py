@@ -590,7 +590,7 @@ def egress_command(
     """What has left the box: when, whose, where to, how much and why; never what."""
     begin = _day(since) if since else 0
     rows = _operate(config.load(data_dir, config_file), "egress", since=begin, account=account)
-    columns = ("at", "account_id", "key_id", "destination", "bytes_out", "bytes_in", "reason")
+    columns = ("at", "account_id", "key_id", "destination", "bytes_out", "bytes_in", "reason", "request_id")
     _print_table(rows if as_json else [{**row, "at": int(row["at"])} for row in rows], columns, as_json)
 
 

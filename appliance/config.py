@@ -41,7 +41,8 @@ def setting(
 
 def _web_address(text: str) -> str:
     parts = urlsplit(text)
-    if text and not (parts.scheme in ("http", "https") and parts.hostname):
+    plain = not (parts.username or parts.password or parts.query or parts.fragment)
+    if text and not (parts.scheme in ("http", "https") and parts.hostname and plain):
         raise ValueError
     return text
 
@@ -425,6 +426,8 @@ def _read_file(file: Path) -> Iterable[tuple[str, Any]]:
         members = tables.pop(group, {})
         if not isinstance(members, dict):
             raise ConfigError(f"{file}: {group} are sections: write [{group}.NAME] on a line of its own.")
+        if group == "providers" and (taken := sorted(TAKEN & set(members))):
+            raise ConfigError(f"{file}: no server elsewhere can have the name {taken[0]}; Groq's section is [groq].")
         tables |= {f"{group}.{name}": table for name, table in members.items()}
     for section, table in tables.items():
         if section not in SECTIONS and section.partition(".")[0] not in GROUPS:

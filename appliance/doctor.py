@@ -19,7 +19,9 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
+from appliance import secretfiles
 from appliance.catalog import Catalog, Model
 from appliance.config import Config, EngineSettings
 from appliance.errors import ApplianceError, ModelError
@@ -76,6 +78,7 @@ def examine(config: Config, *, running: bool) -> list[Finding]:
         "key": lambda: _key_file(config),
         "key place": lambda: _key_place(config),
         "data": lambda: _data_dir(config),
+        "elsewhere": lambda: _elsewhere(config),
     }
     return [_checked(name, check) for name, check in checks.items()]
 
@@ -340,3 +343,21 @@ def _data_dir(config: Config) -> Finding:
     if mode & 0o077:
         return Finding("data", "warn", f"{path} can be entered by others (mode {mode:04o}).", f"chmod 700 {path}")
     return Finding("data", "ok", f"{path} is private and writable.")
+
+
+def _elsewhere(config: Config) -> Finding:
+    """The servers that prompts may go to, where an account's policy allows it."""
+    keys = {name: secretfiles.read(f"providers.{name}.key_file", s.key_file) for name, s in config.providers.items()}
+    bare = [name for name, s in config.providers.items() if keys[name] and _unprotected(s.base_url)]
+    named = [*(["groq"] if secretfiles.read("groq.key_file", config.groq.key_file) else []), *config.providers]
+    if bare:
+        sentence = f"The key of {', '.join(bare)} goes over the network unencrypted."
+        return Finding("elsewhere", "warn", sentence, "use https in base_url")
+    if not named:
+        return Finding("elsewhere", "ok", "No server elsewhere is set up by the settings.")
+    return Finding("elsewhere", "ok", f"Prompts may go to {', '.join(named)}, where an account allows it.")
+
+
+def _unprotected(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import socketserver
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +51,26 @@ class Pair:
         return found
 
 
+class Breaking(socketserver.StreamRequestHandler):
+    """A server that says one word and is gone."""
+
+    def handle(self) -> None:
+        while self.rfile.readline().strip():
+            pass
+        word = json.dumps({"choices": [{"index": 0, "delta": {"content": "never whole"}}]}).encode()
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: " + word + b"\n\n")
+
+
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def breaking() -> Iterator[int]:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Breaking) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, breaking: int) -> Iterator[Pair]:
     with Box.start(tmp_path_factory.mktemp("other")) as other:
         key_file = tmp_path_factory.mktemp("keys") / "second"
         key_file.touch(0o600)
@@ -62,6 +82,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
             "APPLIANCE_PROVIDERS__SECOND__BASE_URL": f"http://127.0.0.1:{other.port}/v1",
             "APPLIANCE_PROVIDERS__SECOND__MODEL": "tiny",
             "APPLIANCE_PROVIDERS__SECOND__KEY_FILE": str(key_file),
+            "APPLIANCE_PROVIDERS__BREAKING__BASE_URL": f"http://127.0.0.1:{breaking}/v1",
+            "APPLIANCE_PROVIDERS__BREAKING__MODEL": "m",
             "APPLIANCE_ENGINE__SLOTS": "1",
         } | {f"APPLIANCE_PLANS__{plan}__FALLBACK_WAIT_SECONDS": "0" for plan in PLANS}
         with Box.start(tmp_path_factory.mktemp("front"), **settings) as front:
@@ -99,7 +121,8 @@ def test_a_named_server_answers_where_that_is_allowed_and_it_is_written_down(pai
     assert pair.reached() == before + 1
     wait_until(lambda: len(pair.rows()) == known + 1)
     row = pair.rows()[-1]
-    assert row["destination"] == f"{name} 127.0.0.1" and row["reason"] == "asked"
+    assert row["destination"] == f"{name} 127.0.0.1:{pair.other.port}" and row["reason"] == "asked"
+    assert row["request_id"] == answer.headers["x-request-id"]
     assert row["bytes_out"] > 50 and row["bytes_in"] > 500 and "secret" not in json.dumps(row)
     assert "My secret" not in pair.front.log.read_text()
     own = pair.front.get("/api/egress").json
@@ -122,6 +145,27 @@ def test_openais_route_passes_on_too(pair: Pair) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5, "provider": "groq"}
     answer = pair.front.request("POST", CHAT, body)
     assert answer.json["provider"] == "groq" and answer.headers["x-served-by"] == "groq/tiny"
+
+
+def test_what_breaks_off_is_answered_here_unless_something_of_it_was_said(pair: Pair) -> None:
+    pair.allow("allowed")
+    whole = pair.front.chat(provider="breaking")
+    assert whole.json["provider"] == "local" and whole.headers["x-fallback-reason"] == "unavailable"
+    assert "never whole" not in whole.json["text"] and whole.json["usage"]["completion_tokens"] == 8
+    refused = pair.front.chat(provider="breaking", fallback=False)
+    assert refused.status == 503 and "breaking" in refused.json["error"]
+    *words, error = events(pair.front.chat(provider="breaking", stream=True).body)
+    assert words == [{"delta": "never whole"}] and error["code"] == "SERVICE_UNAVAILABLE"
+
+
+def test_a_model_elsewhere_has_its_own_names(pair: Pair) -> None:
+    pair.allow("allowed")
+    for path, extra in ((CHAT, {}), ("/v1/responses", {"input": "Hello"}), ("/v1/messages", {"max_tokens": 5})):
+        body = {"model": "llama3-70b-8192", "messages": [{"role": "user", "content": "Hello"}], "provider": "second"}
+        answer = pair.front.request("POST", path, body | extra)
+        assert answer.status == 200 and answer.headers["x-served-by"] == "second/tiny", path
+        here = pair.front.request("POST", path, body | extra | {"provider": "local"})
+        assert here.status == 404, path
 
 
 def test_nothing_leaves_where_it_is_not_allowed_even_from_a_busy_box(pair: Pair, busy: None) -> None:
@@ -176,7 +220,7 @@ def test_the_ledger_can_be_asked_by_day_and_account(pair: Pair) -> None:
     pair.front.command("account", "create", "quiet", "--plan", "community")
     assert pair.rows("--account", "quiet") == []
     table = pair.front.command("egress").stdout
-    assert "second 127.0.0.1" in table and re.search(r"20\d\d-\d\d-\d\d", table)
+    assert f"second 127.0.0.1:{pair.other.port}" in table and re.search(r"20\d\d-\d\d-\d\d", table)
     assert pair.front.get("/api/egress?since=2999-01-01").json["rows"] == []
     for wrong in ("yesterday", "2026-13-01", "2026-1-1", "%D9%A1234-01-01"):
         assert pair.front.get(f"/api/egress?since={wrong}").status == 400
@@ -184,7 +228,7 @@ def test_the_ledger_can_be_asked_by_day_and_account(pair: Pair) -> None:
 
 def test_unknown_providers_and_policies_are_refused(pair: Pair) -> None:
     answer = pair.front.chat(provider="openai")
-    assert answer.status == 400 and "auto, local, groq, second" in answer.json["error"]
+    assert answer.status == 400 and "auto, local, groq, breaking, second" in answer.json["error"]
     account = json.loads(pair.front.command("account", "list", "--json").stdout)[0]["name"]
     failed = pair.front.command("account", "set-egress", account, "--prompts", "sometimes", check=False)
     assert failed.returncode == 2 and "if-saturated" in failed.stderr

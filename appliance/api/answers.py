@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 
 from starlette.requests import Request
@@ -18,12 +19,13 @@ from appliance.api.render import error_event
 from appliance.api.services import Services
 from appliance.api.streams import EventStream, while_connected
 from appliance.chat import Answer, Completion, Wish, collect
-from appliance.errors import ApplianceError, InternalError
+from appliance.errors import ApplianceError, InternalError, Unavailable
 from appliance.messages import Caller, Chunk, CompletionRequest
 from appliance.store.usage import Spent
 
 PLACE_SECONDS = 0.5  # how often a waiting stream looks at its place in line
 
+LOCAL = "local"
 First = asyncio.Future[tuple[Answer, Chunk]]
 Writer = Callable[[Answer, AsyncIterator[Chunk]], AsyncGenerator[bytes]]
 
@@ -59,9 +61,10 @@ class Exchange:
         await while_connected(self._request.receive, _settle(first, settings.stream_header_hold_seconds))
         return EventStream(self._events(first, write), settings.ping_seconds, {})
 
-    async def _begin(self) -> tuple[Answer, Chunk]:
+    async def _begin(self, reason: str = "") -> tuple[Answer, Chunk]:
         await self._turn.wait()
         answer, first = await self._services.chat.begin(self._asked, self._wish, self._note)
+        answer = replace(answer, reason=answer.reason or reason)
         self._turn.told = _told(answer)
         return answer, first
 
@@ -70,8 +73,17 @@ class Exchange:
         self._turn.spent = partial(_spent, answer)
 
     async def _collected(self) -> tuple[Answer, list[Completion]]:
+        """An answer of a server elsewhere that breaks off is answered here instead: nothing of it has been said yet."""
         with self._turn.working():
             answer, first = await self._begin()
+            try:
+                async with aclosing(answer.chunks):
+                    return answer, await collect(first, answer.chunks, self._asked.n)
+            except Unavailable:
+                if answer.provider == LOCAL or not self._wish.fallback:
+                    raise
+            self._wish = replace(self._wish, provider=LOCAL)
+            answer, first = await self._begin("unavailable")
             async with aclosing(answer.chunks):
                 return answer, await collect(first, answer.chunks, self._asked.n)
 

@@ -69,6 +69,10 @@ class OutputConfig(Struct):
     format: Format | None = None
 
 
+class Thinking(Struct):
+    type: str = "disabled"
+
+
 class MessagesBody(CountBody, kw_only=True):
     """The request of `/v1/messages`."""
 
@@ -81,6 +85,9 @@ class MessagesBody(CountBody, kw_only=True):
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=1_000)] | None = None
     output_config: OutputConfig | None = None
+    thinking: Thinking | None = None
+    provider: Annotated[str, Meta(min_length=1, max_length=40)] | None = None  # this and the next are ours
+    fallback: bool = True
 
     def schema(self) -> dict[str, Any] | None:
         wanted = self.output_config.format if self.output_config else None
@@ -136,7 +143,9 @@ class CountReply(Struct):
 async def messages(request: Request, services: Services) -> Response:
     """Answers one message."""
     body = await read_json(request, MessagesBody, services.config.server.max_body_bytes)
-    known_model(services, body.model)
+    known_model(services, body.model, body.provider)
+    if body.thinking is not None and body.thinking.type != "disabled":
+        raise BadRequest("thinking is not supported here.", param="thinking")
     request_id: str = request.state.request_id
     caller: Caller = request.state.caller
     asked = CompletionRequest(
@@ -145,12 +154,13 @@ async def messages(request: Request, services: Services) -> Response:
         weight=services.plans[caller.plan].weight,
         sampling=body.sampling(services.local.defaults),
         max_tokens=body.max_tokens,
+        model=body.model,
         stop=tuple(body.stop_sequences),
         json_schema=body.schema(),
         said=said(body, "temperature", "top_p"),
         request_id=request_id,
     )
-    exchange = Exchange(request, services, asked)
+    exchange = Exchange(request, services, asked, body.provider, body.fallback)
     name = f"msg_{request_id.removeprefix('req_')}"
     if body.stream:
         return await exchange.stream(partial(_events, name))

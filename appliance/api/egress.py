@@ -28,6 +28,7 @@ class RowBody(Struct):
     bytes_out: int
     bytes_in: int
     reason: str
+    request_id: str
 
 
 class EgressReply(Struct):
@@ -41,7 +42,8 @@ async def own_egress(request: Request, services: Services) -> Response:
     since = _day(request.query_params.get("since", "1970-01-01"))
     rows = await asyncio.to_thread(egress.listing, services.store, since, MOST, caller.account_id)
     shown = [
-        RowBody(_iso(row.at), row.key_id, row.destination, row.bytes_out, row.bytes_in, row.reason) for row in rows
+        RowBody(_iso(row.at), row.key_id, row.destination, row.bytes_out, row.bytes_in, row.reason, row.request_id)
+        for row in rows
     ]
     body = msgspec.json.encode(EgressReply(caller.prompts, shown))
     return Response(body, media_type="application/json", headers={"Cache-Control": "no-store"})

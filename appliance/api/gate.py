@@ -39,7 +39,8 @@ class Gate:
             raise Unauthorized
         reads = caller.scope == "read" and request.method in ("GET", "HEAD")
         if caller.scope not in ("full", scope) and not reads:
-            raise Forbidden(f"This key's scope is {caller.scope}; the endpoint needs full or {scope}.")
+            enough = dict.fromkeys(["full", scope, *(["read"] if request.method in ("GET", "HEAD") else [])])
+            raise Forbidden(f"This key's scope is {caller.scope}; the endpoint needs {' or '.join(enough)}.")
 
     def refuse(self, request: Request) -> None:
         """A stranger is about to be refused, and pays for it. Raises RateLimited when that was once too often."""

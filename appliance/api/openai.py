@@ -76,9 +76,10 @@ def _names(services: Services) -> list[str]:
     return [services.local.loaded.name]
 
 
-def known_model(services: Services, name: str | None) -> str:
-    """The model that `name` asks for; None, or while none is loaded: whichever answers. Raises ModelNotFound."""
-    if not services.local.ready:
+def known_model(services: Services, name: str | None, provider: str | None = None) -> str:
+    """The model that `name` asks for; None, or while none is loaded: whichever answers. A `provider` elsewhere has its
+    own names. Raises ModelNotFound."""
+    if not services.local.ready or provider not in (None, "auto", "local"):
         return name or ""
     names = _names(services)
     if name is not None and name not in names:
@@ -250,6 +251,7 @@ def chat_request(
         n=body.n or 1,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         said=said(body, "temperature", "top_p"),
+        model=body.model or "",
         request_id=request_id,
     )
 
@@ -388,7 +390,7 @@ class ChunkBody(Struct):
 async def chat_completions(request: Request, services: Services) -> Response:
     """Answers one chat completion."""
     body = await read_json(request, ChatBody, services.config.server.max_body_bytes)
-    known_model(services, body.model)
+    known_model(services, body.model, body.provider)
     request_id: str = request.state.request_id
     caller: Caller = request.state.caller
     asked = chat_request(body, caller, services.plans[caller.plan].weight, services.local.defaults, request_id)
@@ -431,7 +433,7 @@ class TextReply(Struct):
 async def completions(request: Request, services: Services) -> Response:
     """Continues one text."""
     body = await read_json(request, CompletionBody, services.config.server.max_body_bytes)
-    known_model(services, body.model)
+    known_model(services, body.model, body.provider)
     request_id: str = request.state.request_id
     caller: Caller = request.state.caller
     asked = completion_request(body, caller, services.plans[caller.plan].weight, services.local.defaults, request_id)

@@ -168,7 +168,7 @@ class Reply(Struct, kw_only=True):
 async def responses(request: Request, services: Services) -> Response:
     """Answers one response."""
     body = await read_json(request, ResponsesBody, services.config.server.max_body_bytes)
-    known_model(services, body.model)
+    known_model(services, body.model, body.provider)
     body.refuse_what_is_not_done()
     request_id: str = request.state.request_id
     caller: Caller = request.state.caller
@@ -180,6 +180,7 @@ async def responses(request: Request, services: Services) -> Response:
         max_tokens=body.max_output_tokens,
         json_schema=body.schema(),
         said=said(body, "temperature", "top_p"),
+        model=body.model or "",
         request_id=request_id,
     )
     exchange = Exchange(request, services, asked, body.provider, body.fallback)

@@ -114,8 +114,8 @@ class Upstream:
 
     @property
     def destination(self) -> str:
-        """Its name and host, for the ledger."""
-        return f"{self.name} {self._url.host}"
+        """Its name and where it is, for the ledger."""
+        return f"{self.name} {self._url.netloc.decode()}"
 
     def model_for(self, request: CompletionRequest) -> str:
         """The one that is set; what was asked for only where an alias knows it."""
@@ -226,7 +226,7 @@ class Upstream:
             self._failures += 1
         if self._failures >= FAILURES:
             self._close(REST_SECONDS, "does not answer")
-        return Unavailable(f"{self.name} did not answer as it should.", retry_after=5)
+        return Unavailable(f"{self.name} {_told(error)}.", retry_after=5)
 
     def _close(self, seconds: float, why: str) -> None:
         self._closed_until, self._why_closed = self._clock() + seconds, why
@@ -417,6 +417,14 @@ def _read_meter(request: CompletionRequest, reading: _Reading) -> None:
     counted, meter = _usage(reading, request), request.meter
     meter.prompt_tokens, meter.completion_tokens = counted.prompt_tokens, counted.completion_tokens
     meter.cached_tokens = counted.cached_tokens
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        return "cannot be reached"
+    if isinstance(error, TimeoutError | httpx.TimeoutException):
+        return "did not answer in time"
+    return "did not answer as it should"
 
 
 def _reason(error: Exception) -> str:

@@ -93,7 +93,9 @@ def create(
         if not db.execute("select 1 from accounts where id = ?", [account_id]).fetchone():
             raise NotFound("There is no such account.")
         _insert(db, row)
-        audit.record(db, created_by, "key.create", key=key_id, account=account_id, name=name, scope=scope)
+        audit.record(
+            db, created_by, "key.create", key=key_id, account=account_id, name=name, scope=scope, prompts=prompts
+        )
 
     store.write(insert, durable=True).result()
     return by_id(store, key_id)

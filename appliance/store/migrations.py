@@ -145,7 +145,8 @@ def m007_egress(db: Database) -> None:
             destination text not null,
             bytes_out integer not null,
             bytes_in integer not null,
-            reason text not null
+            reason text not null,
+            request_id text not null
         ) strict
     """)
     db.execute("create index egress_of_account on egress(account_id, number)")

@@ -38,12 +38,12 @@ from scripts.guide.tokens import VOCABULARY, Tokens, learnt
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "models" / "appliance-guide.gguf"
 SEED = 20_261_124
-STEPS = 6_500
+STEPS = 5_000
 EXAMPLES = 128  # of a step
 RATE = 8e-3  # of embeddings and norms
 MATRIX_RATE = 0.02
 WARM_UP = 43  # steps
-FLAT = 2_800  # steps before the rate goes down
+FLAT = 2_200  # steps before the rate goes down
 DECAY = 0.1
 DROPOUT = 0.1  # of embeddings
 SMOOTHING = 0.05  # of labels
