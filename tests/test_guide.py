@@ -223,7 +223,7 @@ def test_the_file_passes_the_examination(temperature: float) -> None:
     found = evaluation.summary(verdicts)
     assert found["ended"] >= 0.99 and found["loops"] == 0
     if not temperature:
-        assert found["answers"] >= 0.86 and found["declined"] >= 0.94 and found["dialogues"] >= 0.75, found
+        assert found["answers"] >= 0.88 and found["declined"] >= 0.97 and found["dialogues"] >= 0.78, found
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,8 @@ def test_it_streams_and_goes_on_with_a_conversation(guided: Box) -> None:
     ]
     reply = guided.chat(messages=then, max_tokens=..., temperature=0).json
     assert "appliance key revoke" in reply["text"]
-    assert reply["finish_reason"] == "stop" and reply["usage"]["cached_tokens"] > 30
+    asked = done["usage"]["prompt_tokens"]  # that the answer began with its name does not come back with it
+    assert reply["finish_reason"] == "stop" and reply["usage"]["cached_tokens"] >= asked - 1 > 10
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ and resumed. Nothing that shares six words in a row with the held-out questions 
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import tomllib
@@ -124,6 +125,16 @@ class Corpus:
             return said(draw, " ".join(words[:LONGEST]) or first[0])
 
         return self._unseen(one)
+
+    def rambling(self, draw: random.Random, longest: int) -> str:
+        """A text without a question: lines of all kinds one after the other, or one over and over."""
+        wanted = round(math.exp(draw.uniform(math.log(30), math.log(longest))))
+        words: list[str] = []
+        line = self._line(draw).split()
+        over_and_over = line[: draw.choice((1, 1, 2, 5, 20))] if draw.random() < 0.5 else []
+        while len(words) < wanted:
+            words += over_and_over or self._line(draw).split()
+        return " ".join(words[:wanted])
 
     def _line(self, draw: random.Random) -> str:
         if draw.random() < FOREIGN:

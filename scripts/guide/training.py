@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from appliance.tinymodel import Vocabulary
 from scripts.guide import corpus as corpora
 from scripts.guide import export
-from scripts.guide.corpus import Turns
+from scripts.guide.corpus import DECLINE, Turns
 from scripts.guide.network import Network, Shape
 from scripts.guide.teacher import Teacher, taught
 from scripts.guide.tokens import VOCABULARY, Tokens, learnt
@@ -50,6 +50,10 @@ SMOOTHING = 0.05  # of labels
 TEACHER = 0.7  # how much of what is to be learnt of a single question comes from the teacher
 COMPOSED = 0.25  # share of the questions that nobody wrote
 RECITING = 0.5  # weight of an answer's text beside its name
+LAST = 0.028  # share of further steps, in which most answers are recited to their end, at a rate of their own
+LAST_RATE, LAST_CUT = 0.3, 0.4
+RAMBLING, LONGEST = 8, 1_500  # examples of a last step that are long texts without a question; words
+PAGE = 150  # characters
 CUT = 0.97  # share of the examples that end with the first words of their answer
 FIRST_WORDS = 2  # tokens, the name among them
 ENOUGH, MOST = 1_024, 8_192  # tokens computed at once
@@ -82,6 +86,7 @@ class Run:
     def __init__(self, folder: Path, *, steps: int, examples: int, layers: int, vocabulary: int) -> None:
         self.folder = folder
         self.steps = steps
+        self.last = round(LAST * steps)
         self._examples = examples
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(SEED)
@@ -139,7 +144,7 @@ class Run:
         """Goes on to the last step; False when it was told to stop before."""
         said = time.monotonic()
         self.network.train()
-        while self.progress.step < self.steps and not self.stopping:
+        while self.progress.step < self.steps + self.last and not self.stopping:
             started = time.monotonic()
             tokens, loss = self.step()
             p = self.progress
@@ -149,17 +154,17 @@ class Run:
             p.loss = loss if math.isnan(p.loss) else 0.98 * p.loss + 0.02 * loss
             if time.monotonic() - said > SAY_SECONDS:
                 said = time.monotonic()
-                left = p.seconds / p.step * (self.steps - p.step)
+                left = p.seconds / p.step * (self.steps + self.last - p.step)
                 pace = f"{p.tokens / p.seconds:,.0f} tokens/s, {left / 60:.0f} min left"
-                say(f"step {p.step:,} of {self.steps:,}, loss {p.loss:.3f}, {pace}")
+                say(f"step {p.step:,} of {self.steps + self.last:,}, loss {p.loss:.3f}, {pace}")
             if p.step % SAVE_EVERY == 0:
                 self.save()
         self.save()
-        return self.progress.step >= self.steps
+        return self.progress.step >= self.steps + self.last
 
     def step(self) -> tuple[int, float]:
         """One step: (tokens computed, loss)."""
-        share = rate(self.progress.step, self.steps)
+        share = rate(self.progress.step, self.steps, self.last)
         for optimizer, full in zip(self.optimizers, (MATRIX_RATE, RATE), strict=True):
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
@@ -190,13 +195,21 @@ class Run:
         """Those of one step."""
         composed = round(COMPOSED * self._examples)
         written = [self.corpus.conversation(draw) for _ in range(self._examples - composed)]
+        if self.progress.step >= self.steps:
+            written[:RAMBLING] = [
+                [("user", self.corpus.rambling(draw, LONGEST)), ("assistant", DECLINE)] for _ in range(RAMBLING)
+            ]
         questions = [self.corpus.composed(draw) for _ in range(composed)]
-        singles = [turns[0][1] for turns in written if len(turns) == 2]
+        singles = [turns[0][1] for turns in written if self._is_single(turns)]
         meant = iter(self.teacher.shares(singles + questions))
-        rows = [self.example(draw, turns, next(meant) if len(turns) == 2 else None) for turns in written]
+        rows = [self.example(draw, turns, next(meant) if self._is_single(turns) else None) for turns in written]
         for question, shares in zip(questions, meant, strict=True):
             rows.append(Example([*self.tokens.prompt([("user", question)]), self.tokens.first_answer], 1, shares))
         return rows
+
+    def _is_single(self, turns: Turns) -> bool:
+        """Whether the teacher understands it: one question, and not a whole page."""
+        return len(turns) == 2 and len(turns[0][1]) < PAGE
 
     def example(self, draw: random.Random, turns: Turns, meant: Tensor | None) -> Example:
         """A conversation as it is written; earlier answers in it are without their names, as clients send them back.
@@ -204,7 +217,7 @@ class Run:
         *before, (_, text) = turns
         number = self.corpus.answers[text]
         answer = self.tokens.answer(number, text)
-        if draw.random() < CUT:
+        if draw.random() < (CUT if self.progress.step < self.steps else LAST_CUT):
             answer = answer[:FIRST_WORDS]
         shares = torch.full((self.answers,), SMOOTHING / self.answers)
         shares[number] += 1 - SMOOTHING
@@ -258,8 +271,11 @@ class Run:
         export.write(path, weights, self.shape, self.vocabulary)
 
 
-def rate(step: int, steps: int) -> float:
-    """Share of the learning rate: a short way up, a flat part, then straight down to a fiftieth."""
+def rate(step: int, steps: int, last: int) -> float:
+    """Share of the learning rate: a short way up, a flat part, then straight down to a fiftieth; the last steps have
+    their own."""
+    if step >= steps:
+        return LAST_RATE * (1 - (step - steps) / (last + 1))
     flat = min(FLAT, steps // 2)
     return min(1.0, (step + 1) / WARM_UP) * (0.02 + 0.98 * min(1.0, (steps - step) / (steps - flat)))
 
