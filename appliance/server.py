@@ -281,8 +281,7 @@ class _Connection(HttpToolsProtocol):
         self.pipeline.clear()
         self.discarding = True
         self.flow.resume_writing()
-        self.parser = None  # type: ignore[assignment]  # the two refer to each other, and so do these
-        self.cycle = self.running = None  # type: ignore[assignment]
+        self.parser = None  # type: ignore[assignment]  # the two refer to each other
 
     def shutdown(self) -> None:
         """The server drains: what is being asked or answered is the connection's last."""

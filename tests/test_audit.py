@@ -51,7 +51,8 @@ def test_every_act_is_recorded_once_with_who_did_it_and_no_secret(store: Store) 
         (3, "bert", "key.create"),
         (4, "bert", "key.revoke"),
     ]
-    assert rows[2].about == {**rows[3].about, "account": rows[0].about["account"], "name": "app", "scope": "llm"}
+    key = {"account": rows[0].about["account"], "name": "app", "scope": "llm", "prompts": None}
+    assert rows[2].about == {**rows[3].about, **key}
     text = repr(rows)
     assert "team" in text and raw not in text and "password" not in text
     assert audit.verify(store) == audit.Chain(4, rows[-1].hash, None)
