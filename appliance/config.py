@@ -218,7 +218,6 @@ class GroqSettings(ProviderSettings):
     )
 
 
-PROVIDERS: dict[str, ProviderSettings] = {}
 PLANS = {
     "community": PlanSettings(),
     "professional": PlanSettings(60, 1_000, 10_000, 10, 2.0),
@@ -269,7 +268,7 @@ SECTIONS: dict[str, type[Any]] = {
 # Sections of which there may be several, [plans.NAME] and [providers.NAME]: their class, and which there always are.
 GROUPS: dict[str, tuple[type[Any], Mapping[str, Any]]] = {
     "plans": (PlanSettings, PLANS),
-    "providers": (ProviderSettings, PROVIDERS),
+    "providers": (ProviderSettings, {}),
 }
 # relative ones are relative to the settings file that names them
 PATHS = {"server.tls_cert", "server.tls_key", "server.metrics_token_file", "store.key_file"}

@@ -253,9 +253,8 @@ class _Connection(HttpToolsProtocol):
         self.refusal: ApplianceError | None = None  # to be said once the answers before it are out
         self.draining = self.finishing = False
         # timers
-        self.due: float | None = (
-            None  # by the loop's clock, when the peer has to have acted; None: it has nothing to do
-        )
+        # by the loop's clock, when the peer has to have acted; None: it has nothing to do
+        self.due: float | None = None
         self.deadline: asyncio.TimerHandle | None = None  # rings then, or earlier: at
         self.rings_at = 0.0
         self.write_deadline: asyncio.TimerHandle | None = None

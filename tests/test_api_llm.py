@@ -7,16 +7,17 @@ import json
 import pytest
 
 from appliance.api.body import decode
+from appliance.api.fields import Asker
 from appliance.api.llm import ChatBody, completion_request
-from appliance.messages import Caller, CompletionRequest, Message, Sampling
+from appliance.messages import CompletionRequest, Message, Sampling
 
 DEFAULTS = Sampling()
 
 
 def asked(weight: float = 1.0, **fields: object) -> CompletionRequest:
     body = {"messages": [{"role": "user", "content": "Hello"}]} | fields
-    caller = Caller("acc_1", "ada", "community", "key_1", "llm")
-    return completion_request(decode(json.dumps(body).encode(), ChatBody), caller, weight, DEFAULTS, "req_1")
+    asker = Asker("acc_1", weight, DEFAULTS, "req_1")
+    return completion_request(decode(json.dumps(body).encode(), ChatBody), asker)
 
 
 def test_the_defaults_are_the_documented_ones() -> None:
@@ -40,7 +41,7 @@ def test_every_field_arrives() -> None:
 def test_the_models_own_way_of_drawing_is_the_default_and_no_more() -> None:
     body = decode(json.dumps({"messages": [{"role": "user", "content": "Hi"}], "top_p": 0.5}).encode(), ChatBody)
     own = Sampling(temperature=0.0, top_p=0.8, repeat_penalty=1.1)
-    request = completion_request(body, Caller("acc_1", "ada", "community", "key_1", "llm"), 1.0, own, "req_1")
+    request = completion_request(body, Asker("acc_1", 1.0, own, "req_1"))
     assert request.sampling == Sampling(temperature=0.0, top_p=0.5, repeat_penalty=1.1)
 
 

@@ -105,6 +105,13 @@ def test_nothing_that_is_learnt_shares_six_words_with_the_examination(corpus: Co
     for number in range(4_000):
         for role, text in corpus.conversation(random.Random(number)):
             assert role != "user" or not held_out.intersection(grams(text)), text
+    draw, foreign = random.Random(5), 200
+    taught = list(corpus.examples(draw, noised=1, regular=20, foreign=foreign))
+    wordings = sum(len(i.questions) + min(20, len(i.regular)) for i in corpus.intents.values())
+    assert 0.99 * wordings < len(taught) - foreign < wordings, "some are left out, and next to none"
+    texts = [question for question, _ in taught] + [corpus.composed(draw) for _ in range(500)]
+    texts += [corpus.rambling(draw, 1_500) for _ in range(100)]
+    assert not [text for text in texts if held_out.intersection(grams(text))]
     longest = max((turn for item in evaluation.read() for turn in item.turns), key=len)
     assert held_out.intersection(grams(f"Hello, {longest.upper()}!")), "the check itself sees one"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from contextlib import suppress
 from functools import partial
 
 from appliance.errors import ApplianceError
@@ -49,16 +50,10 @@ class EgressLog:
                 if last_attempt:
                     return
                 log.warning("what left the box cannot be written down now: %s", error.message)
-                await self._pause()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), RETRY_SECONDS)
             except Exception:
                 log.exception("a row of what left the box cannot be written; it is dropped")
                 self._rows.popleft()
             else:
                 self._rows.popleft()
-
-    async def _pause(self) -> None:
-        try:
-            async with asyncio.timeout(RETRY_SECONDS):
-                await self._closing.wait()
-        except TimeoutError:
-            pass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from asyncio import Event
+from contextlib import suppress
 
 from appliance.access.terms import key_payer
 from appliance.access.windows import Charge, Windows
@@ -95,7 +96,8 @@ class Ledger:
                 self._under_way, self._next = Tally(), self._under_way
                 if last_attempt:
                     return
-                await self._pause()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), self._retry_seconds)
             else:
                 self._under_way = Tally()
                 self._waiting.set()
@@ -140,10 +142,3 @@ class Ledger:
             log.warning(why)
         self._waiting.set()
         self._settled.set()
-
-    async def _pause(self) -> None:
-        try:
-            async with asyncio.timeout(self._retry_seconds):
-                await self._closing.wait()
-        except TimeoutError:
-            pass

@@ -25,7 +25,6 @@ from appliance.store.usage import Spent
 
 PLACE_SECONDS = 0.5  # how often a waiting stream looks at its place in line
 
-LOCAL = "local"
 First = asyncio.Future[tuple[Answer, Chunk]]
 Writer = Callable[[Answer, AsyncIterator[Chunk]], AsyncGenerator[bytes]]
 
@@ -43,7 +42,7 @@ class Exchange:
     ) -> None:
         self._request = request
         self._services = services
-        self._asked = asked
+        self.asked = asked
         self._turn: Turn = request.state.turn
         caller: Caller = request.state.caller
         patience = services.plans[caller.plan].fallback_wait
@@ -63,14 +62,14 @@ class Exchange:
 
     async def _begin(self, reason: str = "") -> tuple[Answer, Chunk]:
         await self._turn.wait()
-        answer, first = await self._services.chat.begin(self._asked, self._wish, self._note)
+        answer, first = await self._services.chat.begin(self.asked, self._wish, self._note)
         answer = replace(answer, reason=answer.reason or reason)
         self._turn.told = _told(answer)
         return answer, first
 
     def _note(self, answer: Answer) -> None:
-        """What this try takes is what the call has taken."""
-        self._turn.spent = partial(_spent, answer)
+        """What every try takes is what the call has taken."""
+        self._turn.spent.append(partial(_spent, answer))
 
     async def _collected(self) -> tuple[Answer, list[Completion]]:
         """An answer of a server elsewhere that breaks off is answered here instead: nothing of it has been said yet."""
@@ -78,14 +77,14 @@ class Exchange:
             answer, first = await self._begin()
             try:
                 async with aclosing(answer.chunks):
-                    return answer, await collect(first, answer.chunks, self._asked.n)
+                    return answer, await collect(first, answer.chunks, self.asked.n)
             except Unavailable:
-                if answer.provider == LOCAL or not self._wish.fallback:
+                if answer.provider == self._services.local.name or not self._wish.fallback:
                     raise
-            self._wish = replace(self._wish, provider=LOCAL)
+            self._wish = replace(self._wish, provider=self._services.local.name)
             answer, first = await self._begin("unavailable")
             async with aclosing(answer.chunks):
-                return answer, await collect(first, answer.chunks, self._asked.n)
+                return answer, await collect(first, answer.chunks, self.asked.n)
 
     async def _first(self) -> tuple[Answer, Chunk]:
         with self._turn.working():

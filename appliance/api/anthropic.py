@@ -7,7 +7,6 @@ reference and of its SDK of August 2026.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -16,36 +15,29 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from appliance.api.answers import Exchange
 from appliance.api.body import read_json
-from appliance.api.openai import known_model, said
+from appliance.api.fields import Asker, AskingBody, stops
+from appliance.api.openai import Part, begun, known_model, text_of
+from appliance.api.render import json_reply
 from appliance.api.services import Services
 from appliance.chat import Answer
 from appliance.errors import BadRequest
-from appliance.messages import Caller, Chunk, CompletionRequest, FinishReason, Message, Sampling, Usage
+from appliance.messages import Chunk, CompletionRequest, FinishReason, Message, Usage
 
-MOST_STOPS = 16
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence"]
-
-
-class Block(Struct):
-    """One block of a message's content."""
-
-    type: str
-    text: str = ""
 
 
 class TurnBody(Struct):
     role: Literal["user", "assistant"]
-    content: str | list[Block]
+    content: str | list[Part]
 
 
-class CountBody(Struct, kw_only=True):
+class CountBody(AskingBody, kw_only=True):
     """The request of `/v1/messages/count_tokens`, and what `/v1/messages` has in common with it."""
 
     model: str
     messages: Annotated[list[TurnBody], Meta(min_length=1, max_length=10_000)]
-    system: str | list[Block] | None = None
+    system: str | list[Part] | None = None
     tools: list[Any] | None = None
     mcp_servers: list[Any] | None = None
 
@@ -54,8 +46,10 @@ class CountBody(Struct, kw_only=True):
         for name in ("tools", "mcp_servers"):
             if getattr(self, name):
                 raise BadRequest(f"{name} is not supported here.", param=name)
-        own = (Message("system", _text(self.system, "system")),) if self.system else ()
-        return own + tuple(Message(m.role, _text(m.content, f"messages[{i}]")) for i, m in enumerate(self.messages))
+        own = (Message("system", text_of(self.system, "system")),) if self.system else ()
+        return own + tuple(
+            Message(m.role, text_of(m.content, f"messages[{i}].content")) for i, m in enumerate(self.messages)
+        )
 
 
 class Format(Struct):
@@ -77,36 +71,17 @@ class MessagesBody(CountBody, kw_only=True):
     """The request of `/v1/messages`."""
 
     max_tokens: Annotated[int, Meta(ge=1)]
-    stop_sequences: Annotated[
-        list[Annotated[str, Meta(min_length=1, max_length=500)]], Meta(max_length=MOST_STOPS)
-    ] = []
+    stop_sequences: list[str] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=1_000)] | None = None
     output_config: OutputConfig | None = None
     thinking: Thinking | None = None
-    provider: Annotated[str, Meta(min_length=1, max_length=40)] | None = None  # this and the next are ours
-    fallback: bool = True
 
     def schema(self) -> dict[str, Any] | None:
         wanted = self.output_config.format if self.output_config else None
         return wanted.schema if wanted else None
-
-    def sampling(self, defaults: Sampling) -> Sampling:
-        given = {name: v for name in ("temperature", "top_p", "top_k") if (v := getattr(self, name)) is not None}
-        if given.get("top_p") == 0:
-            given |= {"temperature": 0.0, "top_p": 1.0}
-        return replace(defaults, **given)
-
-
-def _text(content: str | list[Block] | None, where: str) -> str:
-    if isinstance(content, list):
-        for j, block in enumerate(content):
-            if block.type != "text":
-                raise BadRequest(f"The model here takes text, not {block.type[:30]}.", param=f"{where}.content[{j}]")
-        return "".join(block.text for block in content)
-    return content or ""
 
 
 class TextBlock(Struct):
@@ -142,32 +117,26 @@ class CountReply(Struct):
 
 async def messages(request: Request, services: Services) -> Response:
     """Answers one message."""
-    body = await read_json(request, MessagesBody, services.config.server.max_body_bytes)
-    known_model(services, body.model, body.provider)
-    if body.thinking is not None and body.thinking.type != "disabled":
-        raise BadRequest("thinking is not supported here.", param="thinking")
-    request_id: str = request.state.request_id
-    caller: Caller = request.state.caller
-    asked = CompletionRequest(
-        messages=body.conversation(),
-        account=caller.account_id,
-        weight=services.plans[caller.plan].weight,
-        sampling=body.sampling(services.local.defaults),
-        max_tokens=body.max_tokens,
-        model=body.model,
-        stop=tuple(body.stop_sequences),
-        json_schema=body.schema(),
-        said=said(body, "temperature", "top_p"),
-        request_id=request_id,
-    )
-    exchange = Exchange(request, services, asked, body.provider, body.fallback)
-    name = f"msg_{request_id.removeprefix('req_')}"
+    body, exchange = await begun(request, services, MessagesBody, message_request)
+    name = f"msg_{request.state.request_id.removeprefix('req_')}"
     if body.stream:
         return await exchange.stream(partial(_events, name))
     answer, [done] = await exchange.whole()
     reason, stop = _stop(done.finish_reason, done.stop)
-    return _json(
-        MessageReply(name, answer.model, answer.provider, [TextBlock(done.text)], _usage(done.usage), reason, stop)
+    usage = _usage(done.usage)
+    return json_reply(MessageReply(name, answer.model, answer.provider, [TextBlock(done.text)], usage, reason, stop))
+
+
+def message_request(body: MessagesBody, asker: Asker) -> CompletionRequest:
+    """What the chat service is asked. Raises BadRequest."""
+    if body.thinking is not None and body.thinking.type != "disabled":
+        raise BadRequest("thinking is not supported here.", param="thinking")
+    return asker.completion(
+        body,
+        body.conversation(),
+        max_tokens=body.max_tokens,
+        stop=stops(body.stop_sequences, "stop_sequences"),
+        json_schema=body.schema(),
     )
 
 
@@ -175,7 +144,7 @@ async def count_tokens(request: Request, services: Services) -> Response:
     """How many tokens the conversation has for the model here, its template included."""
     body = await read_json(request, CountBody, services.config.server.max_body_bytes)
     known_model(services, body.model)
-    return _json(CountReply(await services.local.count(body.conversation())))
+    return json_reply(CountReply(await services.local.count(body.conversation())))
 
 
 async def _events(name: str, answer: Answer, chunks: AsyncIterator[Chunk]) -> AsyncGenerator[bytes]:
@@ -206,7 +175,3 @@ def _stop(finish: FinishReason, stop: str) -> tuple[StopReason, str | None]:
 
 def _usage(usage: Usage) -> UsageBody:
     return UsageBody(usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens, usage.cached_tokens)
-
-
-def _json(body: Struct) -> Response:
-    return Response(msgspec.json.encode(body), media_type="application/json", headers={"Cache-Control": "no-store"})

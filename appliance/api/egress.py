@@ -6,11 +6,11 @@ import asyncio
 import re
 from datetime import UTC, datetime
 
-import msgspec
 from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
+from appliance.api.render import json_reply
 from appliance.api.services import Services
 from appliance.errors import BadRequest
 from appliance.messages import Caller
@@ -45,8 +45,7 @@ async def own_egress(request: Request, services: Services) -> Response:
         RowBody(_iso(row.at), row.key_id, row.destination, row.bytes_out, row.bytes_in, row.reason, row.request_id)
         for row in rows
     ]
-    body = msgspec.json.encode(EgressReply(caller.prompts, shown))
-    return Response(body, media_type="application/json", headers={"Cache-Control": "no-store"})
+    return json_reply(EgressReply(caller.prompts, shown))
 
 
 def _day(text: str) -> float:

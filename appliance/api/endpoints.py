@@ -32,8 +32,8 @@ Handler = Callable[[Request, Services], Awaitable[Response]]
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One row: `scope` None is open to everybody, else the key's scope must be `full` or this one. A call `counts` in
-    its windows and `leases` one of its account's places; the handler that `queues` waits for the turn itself, and
-    `streams` if it is asked to. `body`, `reply` and `query` are for the documentation."""
+    its windows and `leases` one of its account's places; the handler that `queues` waits for the turn itself, and can
+    stream. `body`, `reply` and `query` are for the documentation."""
 
     method: str
     path: str
@@ -46,10 +46,6 @@ class Endpoint:
     counts: bool = True
     leases: bool = True
     queues: bool = False
-
-    @property
-    def streams(self) -> bool:
-        return self.queues
 
 
 def under_api(path: str) -> tuple[str, ...]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from appliance import __version__
+from appliance.api.render import json_reply
 from appliance.api.services import Services
 from appliance.errors import Draining
 
 
-def _json(body: dict[str, object]) -> Response:
-    return Response(msgspec.json.encode(body), media_type="application/json", headers={"Cache-Control": "no-store"})
-
-
 async def healthz(request: Request, services: Services) -> Response:
     """200 as long as the process serves."""
-    return _json({"status": "ok", "version": __version__})
+    return json_reply({"status": "ok", "version": __version__})
 
 
 async def readyz(request: Request, services: Services) -> Response:
@@ -26,7 +22,7 @@ async def readyz(request: Request, services: Services) -> Response:
         raise Draining("The server is stopping.", retry_after=5)
     loaded = services.local.loaded
     status = services.local.status()
-    return _json(
+    return json_reply(
         {
             "status": "ready",
             "model": loaded.name,

@@ -53,7 +53,7 @@ class Turn:
         self._working: asyncio.Task[Any] | None = None
         self._cut: ApplianceError | None = None
         self.entry: Entry | None = None
-        self.spent: Callable[[], Spent] | None = None
+        self.spent: list[Callable[[], Spent]] = []
         self.record: Callable[[Spent], None] | None = None
         self.told: Headers = []  # what else the answer's head says, once that is known
 
@@ -122,12 +122,13 @@ class Turn:
 
     def settle(self) -> None:
         """Everything has ended: what the call took of a model is counted."""
-        if self.spent is None or self.record is None:
+        record = self.record
+        if record is None:
             return
-        spent = self.spent()
-        if spent.prompt_tokens:
-            self._admission.spend(self._terms(), spent.prompt_tokens + spent.completion_tokens)
-            self.record(spent)
+        for spent in [told() for told in self.spent]:
+            if spent.prompt_tokens:
+                self._admission.spend(self._terms(), spent.prompt_tokens + spent.completion_tokens)
+                record(spent)
 
 
 class Limits:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -14,13 +13,12 @@ from starlette.responses import Response
 
 from appliance.api.answers import Exchange
 from appliance.api.body import read_json
+from appliance.api.fields import ANY_JSON_OBJECT, Asker, ProviderName, stops
+from appliance.api.render import json_reply
 from appliance.api.services import Services
 from appliance.chat import Answer
 from appliance.errors import BadRequest
-from appliance.messages import Caller, Chunk, CompletionRequest, FinishReason, Message, Role, Sampling, Usage
-
-MOST_STOPS = 16
-ANY_JSON_OBJECT: dict[str, Any] = {"type": "object"}
+from appliance.messages import Chunk, CompletionRequest, FinishReason, Message, Role, Usage
 
 
 class MessageBody(Struct, forbid_unknown_fields=True):
@@ -62,7 +60,7 @@ class ChatBody(Struct, forbid_unknown_fields=True):
     """The request of `/llm/chat`."""
 
     messages: Annotated[list[MessageBody], Meta(min_length=1, max_length=10_000)]
-    provider: Annotated[str, Meta(min_length=1, max_length=40)] | None = None
+    provider: ProviderName | None = None
     model: Annotated[str, Meta(max_length=200)] | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -75,20 +73,6 @@ class ChatBody(Struct, forbid_unknown_fields=True):
     response_format: ResponseFormat | None = None
     fallback: bool = True
     ignore_eos: bool = False
-
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings. Raises BadRequest for too many, empty or overlong ones."""
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(stops) > MOST_STOPS:
-            raise BadRequest(f"stop has {len(stops)} strings; at most {MOST_STOPS} are taken.")
-        if any(not 0 < len(s) <= 500 for s in stops):
-            raise BadRequest("Every stop string must have 1 to 500 characters.")
-        return stops
-
-    def sampling(self, defaults: Sampling) -> Sampling:
-        """The defaults with what the request sets."""
-        names = ("temperature", "top_p", "top_k", "min_p", "seed")
-        return replace(defaults, **{n: v for n in names if (v := getattr(self, n)) is not None})
 
 
 class UsageBody(Struct):
@@ -128,33 +112,25 @@ class Done(Struct, kw_only=True):
 async def chat(request: Request, services: Services) -> Response:
     """Answers one chat completion."""
     body = await read_json(request, ChatBody, services.config.server.max_body_bytes)
-    request_id: str = request.state.request_id
-    caller: Caller = request.state.caller
-    asked = completion_request(body, caller, services.plans[caller.plan].weight, services.local.defaults, request_id)
-    exchange = Exchange(request, services, asked, body.provider, body.fallback)
+    asker = Asker.of(request, services)
+    exchange = Exchange(request, services, completion_request(body, asker), body.provider, body.fallback)
     if body.stream:
-        return await exchange.stream(partial(_events, request_id))
+        return await exchange.stream(partial(_events, asker.request_id))
     answer, [done] = await exchange.whole()
-    reply = ChatReply(done.text, answer.provider, answer.model, usage_body(done.usage), done.finish_reason, request_id)
-    return Response(msgspec.json.encode(reply), media_type="application/json")
+    usage = usage_body(done.usage)
+    reply = ChatReply(done.text, answer.provider, answer.model, usage, done.finish_reason, asker.request_id)
+    return json_reply(reply)
 
 
-def completion_request(
-    body: ChatBody, caller: Caller, weight: float, defaults: Sampling, request_id: str
-) -> CompletionRequest:
-    """What the chat service is asked; `defaults` are the model's way of drawing."""
-    return CompletionRequest(
-        messages=tuple(Message(m.role, m.content) for m in body.messages),
-        account=caller.account_id,
-        weight=weight,
-        sampling=body.sampling(defaults),
+def completion_request(body: ChatBody, asker: Asker) -> CompletionRequest:
+    """What the chat service is asked."""
+    return asker.completion(
+        body,
+        [Message(m.role, m.content) for m in body.messages],
         max_tokens=body.max_tokens,
-        stop=body.stops(),
+        stop=stops(body.stop),
         json_schema=body.response_format.constraint() if body.response_format else None,
         ignore_eos=body.ignore_eos,
-        model=body.model or "",
-        said=frozenset(name for name in ("temperature", "top_p") if getattr(body, name) is not None),
-        request_id=request_id,
     )
 
 

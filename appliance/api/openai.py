@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -20,27 +20,19 @@ from starlette.responses import Response
 
 from appliance.api.answers import Exchange
 from appliance.api.body import read_json
+from appliance.api.fields import ANY_JSON_OBJECT, Asker, AskingBody, stops
+from appliance.api.render import json_reply
 from appliance.api.services import Services
 from appliance.chat import Answer, Completion
 from appliance.errors import BadRequest, ModelNotFound
-from appliance.messages import (
-    Caller,
-    Chunk,
-    CompletionRequest,
-    FinishReason,
-    Message,
-    Role,
-    Sampling,
-    TokenLogprob,
-    Usage,
-)
+from appliance.messages import Chunk, CompletionRequest, FinishReason, Message, Role, TokenLogprob, Usage
 
 STARTED = int(time.time())  # clients want a date of each model; a file's own says nothing
 USUAL_COMPLETION = 16  # tokens of a plain completion that names no number, as OpenAI's
-MOST_CHOICES, MOST_STOPS, MOST_TOP = 16, 16, 20
-ANY_JSON_OBJECT: dict[str, Any] = {"type": "object"}
+MOST_CHOICES, MOST_TOP = 16, 20
 LEAST_LOGPROB = -9999.0
 DONE = b"data: [DONE]\n\n"
+B = TypeVar("B", bound=AskingBody)
 ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -63,28 +55,32 @@ class ModelsReply(Struct):
 
 async def models(request: Request, services: Services) -> Response:
     """The models that answer here."""
-    return _json(ModelsReply([ModelBody(name) for name in _names(services)]))
+    return json_reply(ModelsReply([ModelBody(name) for name in _names(services)]))
 
 
 async def model(request: Request, services: Services) -> Response:
     """One of them; its name may hold slashes."""
-    services.local.loaded  # noqa: B018  # raises while there is none
-    return _json(ModelBody(known_model(services, request.path_params["name"])))
+    return json_reply(ModelBody(_named(services, request.path_params["name"])))
 
 
 def _names(services: Services) -> list[str]:
+    """Raises ModelNotReady while there is none."""
     return [services.local.loaded.name]
 
 
-def known_model(services: Services, name: str | None, provider: str | None = None) -> str:
-    """The model that `name` asks for; None, or while none is loaded: whichever answers. A `provider` elsewhere has its
-    own names. Raises ModelNotFound."""
-    if not services.local.ready or provider not in (None, "auto", "local"):
-        return name or ""
+def _named(services: Services, name: str) -> str:
     names = _names(services)
-    if name is not None and name not in names:
-        raise ModelNotFound(f"There is no model {name[:100]!r} here; there is {', '.join(names)}.", param="model")
-    return name or names[0]
+    if name not in names:
+        there = ", ".join(names)
+        raise ModelNotFound(f"There is no model {name[:100]!r} here; there is {there}.", param="model")
+    return name
+
+
+def known_model(services: Services, name: str | None, provider: str | None = None) -> None:
+    """Raises ModelNotFound for a `name` that no model here has. A `provider` elsewhere has its own names, and while
+    none is loaded here, the chat service says so, or asks one elsewhere."""
+    if name is not None and services.local.ready and provider in (None, "auto", "local"):
+        _named(services, name)
 
 
 # ── what is asked ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -119,10 +115,9 @@ class StreamOptions(Struct):
     include_usage: bool = False
 
 
-class SamplingBody(Struct):
+class SamplingBody(AskingBody, kw_only=True):
     """What chat and plain completions have in common, besides what they ask about."""
 
-    model: Annotated[str, Meta(min_length=1)] | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
@@ -138,27 +133,23 @@ class SamplingBody(Struct):
     top_k: Annotated[int, Meta(ge=0, le=1_000)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     ignore_eos: bool = False
-    provider: Annotated[str, Meta(min_length=1, max_length=40)] | None = None
-    fallback: bool = True
 
     def check_stream(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise BadRequest("stream_options belongs to stream: true.", param="stream_options")
 
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings. Raises BadRequest for too many, empty or overlong ones."""
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(stops) > MOST_STOPS or any(not 0 < len(s) <= 500 for s in stops):
-            raise BadRequest(f"stop takes up to {MOST_STOPS} texts of 1 to 500 characters.", param="stop")
-        return stops
+    @property
+    def tells_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, defaults: Sampling) -> Sampling:
-        """The defaults with what the request sets; OpenAI's top_p 0 is greedy."""
-        names = ("temperature", "top_p", "top_k", "min_p", "seed", "frequency_penalty", "presence_penalty")
-        given: dict[str, Any] = {name: v for name in names if (v := getattr(self, name)) is not None}
-        if given.get("top_p") == 0:
-            given |= {"temperature": 0.0, "top_p": 1.0}
-        return replace(defaults, logit_bias=tuple(self._biases()), **given)
+    def completion(self, asker: Asker, messages: Sequence[Message], **fields: Any) -> CompletionRequest:
+        """What the chat service is asked. Raises BadRequest."""
+        self.check_stream()
+        asked = asker.completion(
+            self, messages, stop=stops(self.stop), n=self.n or 1, ignore_eos=self.ignore_eos, **fields
+        )
+        return replace(asked, sampling=replace(asked.sampling, logit_bias=tuple(self._biases())))
 
     def _biases(self) -> Iterable[tuple[int, float]]:
         for token, bias in (self.logit_bias or {}).items():
@@ -194,7 +185,9 @@ class ChatBody(SamplingBody, kw_only=True):
             raise BadRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
 
     def conversation(self) -> tuple[Message, ...]:
-        return tuple(Message(_role(m, i), text_of(m.content, f"messages[{i}]")) for i, m in enumerate(self.messages))
+        return tuple(
+            Message(_role(m, i), text_of(m.content, f"messages[{i}].content")) for i, m in enumerate(self.messages)
+        )
 
     def schema(self) -> dict[str, Any] | None:
         wanted = self.response_format
@@ -209,11 +202,6 @@ class ChatBody(SamplingBody, kw_only=True):
         return wanted.json_schema.schema
 
 
-def said(body: Struct, *names: str) -> frozenset[str]:
-    """Those of the fields that a request sets."""
-    return frozenset(name for name in names if getattr(body, name) is not None)
-
-
 def _role(message: MessageBody, i: int) -> Role:
     if message.role not in ROLES:
         raise BadRequest(
@@ -223,36 +211,25 @@ def _role(message: MessageBody, i: int) -> Role:
 
 
 def text_of(content: str | list[Part] | None, where: str) -> str:
-    """The text of a message. Raises BadRequest for parts that are no text."""
+    """The text of the content that stands at `where`. Raises BadRequest for parts that are no text."""
     if isinstance(content, list):
         for j, part in enumerate(content):
             if part.type not in ("text", "input_text", "output_text", "refusal"):
                 kind = part.type[:30]
-                raise BadRequest(f"The model here takes text, not {kind}.", param=f"{where}.content[{j}].type")
+                raise BadRequest(f"The model here takes text, not {kind}.", param=f"{where}[{j}].type")
         return "".join(part.text for part in content)
     return content or ""
 
 
-def chat_request(
-    body: ChatBody, caller: Caller, weight: float, defaults: Sampling, request_id: str
-) -> CompletionRequest:
-    """What the chat service is asked; `defaults` are the model's way of drawing."""
-    body.check_stream()
+def chat_request(body: ChatBody, asker: Asker) -> CompletionRequest:
+    """What the chat service is asked. Raises BadRequest."""
     body.refuse_what_is_not_done()
-    return CompletionRequest(
-        messages=body.conversation(),
-        account=caller.account_id,
-        weight=weight,
-        sampling=body.sampling(defaults),
+    return body.completion(
+        asker,
+        body.conversation(),
         max_tokens=body.max_completion_tokens or body.max_tokens,
-        stop=body.stops(),
         json_schema=body.schema(),
-        ignore_eos=body.ignore_eos,
-        n=body.n or 1,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        said=said(body, "temperature", "top_p"),
-        model=body.model or "",
-        request_id=request_id,
     )
 
 
@@ -285,25 +262,11 @@ class CompletionBody(SamplingBody, kw_only=True):
             raise BadRequest("best_of is not supported here, unless it equals n.", param="best_of")
 
 
-def completion_request(
-    body: CompletionBody, caller: Caller, weight: float, defaults: Sampling, request_id: str
-) -> CompletionRequest:
-    """What the chat service is asked; `defaults` are the model's way of drawing."""
-    body.check_stream()
+def text_request(body: CompletionBody, asker: Asker) -> CompletionRequest:
+    """What the chat service is asked. Raises BadRequest."""
     body.refuse_what_is_not_done()
-    return CompletionRequest(
-        messages=(),
-        prompt=body.one_prompt(),
-        account=caller.account_id,
-        weight=weight,
-        sampling=body.sampling(defaults),
-        max_tokens=body.max_tokens or USUAL_COMPLETION,
-        stop=body.stops(),
-        ignore_eos=body.ignore_eos,
-        n=body.n or 1,
-        logprobs=body.logprobs,
-        request_id=request_id,
-    )
+    most = body.max_tokens or USUAL_COMPLETION
+    return body.completion(asker, (), prompt=body.one_prompt(), max_tokens=most, logprobs=body.logprobs)
 
 
 # ── what is answered ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -387,19 +350,23 @@ class ChunkBody(Struct):
     object: str = "chat.completion.chunk"
 
 
+async def begun(
+    request: Request, services: Services, struct: type[B], ask: Callable[[B, Asker], CompletionRequest]
+) -> tuple[B, Exchange]:
+    """A body of `/v1`, and the exchange that it asks for. Raises BadRequest or ModelNotFound."""
+    body = await read_json(request, struct, services.config.server.max_body_bytes)
+    known_model(services, body.model, body.provider)
+    asked = ask(body, Asker.of(request, services))
+    return body, Exchange(request, services, asked, body.provider, body.fallback)
+
+
 async def chat_completions(request: Request, services: Services) -> Response:
     """Answers one chat completion."""
-    body = await read_json(request, ChatBody, services.config.server.max_body_bytes)
-    known_model(services, body.model, body.provider)
-    request_id: str = request.state.request_id
-    caller: Caller = request.state.caller
-    asked = chat_request(body, caller, services.plans[caller.plan].weight, services.local.defaults, request_id)
-    exchange = Exchange(request, services, asked, body.provider, body.fallback)
-    about = _About(f"chatcmpl-{request_id.removeprefix('req_')}", int(time.time()))
+    body, exchange = await begun(request, services, ChatBody, chat_request)
+    about = _About.of(request, "chatcmpl")
     if body.stream:
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return await exchange.stream(partial(_chat_events, about, with_usage))
-    return _json(_chat_reply(about, *await exchange.whole()))
+        return await exchange.stream(partial(_chat_events, about, body.tells_usage))
+    return json_reply(_chat_reply(about, *await exchange.whole()))
 
 
 class LegacyLogprobs(Struct):
@@ -432,20 +399,14 @@ class TextReply(Struct):
 
 async def completions(request: Request, services: Services) -> Response:
     """Continues one text."""
-    body = await read_json(request, CompletionBody, services.config.server.max_body_bytes)
-    known_model(services, body.model, body.provider)
-    request_id: str = request.state.request_id
-    caller: Caller = request.state.caller
-    asked = completion_request(body, caller, services.plans[caller.plan].weight, services.local.defaults, request_id)
-    exchange = Exchange(request, services, asked, body.provider, body.fallback)
-    about = _About(f"cmpl-{request_id.removeprefix('req_')}", int(time.time()))
+    body, exchange = await begun(request, services, CompletionBody, text_request)
+    about = _About.of(request, "cmpl")
     if body.stream:
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return await exchange.stream(partial(_text_events, about, with_usage))
+        return await exchange.stream(partial(_text_events, about, body.tells_usage))
     answer, done = await exchange.whole()
     choices = [TextChoice(i, c.text, c.finish_reason, _legacy(c.logprobs, 0)) for i, c in enumerate(done)]
     usage = usage_body(done[0].usage)
-    return _json(TextReply(about.id, about.created, answer.model, choices, usage, answer.provider))
+    return json_reply(TextReply(about.id, about.created, answer.model, choices, usage, answer.provider))
 
 
 async def _text_events(
@@ -485,6 +446,10 @@ class _About:
 
     id: str
     created: int
+
+    @classmethod
+    def of(cls, request: Request, kind: str) -> _About:
+        return cls(f"{kind}-{request.state.request_id.removeprefix('req_')}", int(time.time()))
 
 
 def _chat_reply(about: _About, answer: Answer, done: Sequence[Completion]) -> ChatReply:
@@ -537,7 +502,3 @@ def _logprobs(found: Sequence[TokenLogprob]) -> LogprobsBody | None:
 def _token(token: bytes, logprob: float) -> tuple[str, float, list[int]]:
     """Text, log-probability and bytes; JSON knows no minus infinity."""
     return token.decode("utf-8", "replace"), max(LEAST_LOGPROB, logprob), list(token)
-
-
-def _json(body: Struct) -> Response:
-    return Response(msgspec.json.encode(body), media_type="application/json", headers={"Cache-Control": "no-store"})

@@ -13,7 +13,7 @@ from appliance import __version__
 from appliance.api.render import Family, family
 
 REFERENCE = "#/components/schemas/{name}"
-NOBODY_READS = ("401", "403", "404", "429", "500", "503")
+REFUSALS = ("401", "403", "404", "429", "500", "503")
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 
 
@@ -37,7 +37,7 @@ class Described(Protocol):
     @property
     def query(self) -> tuple[str, ...]: ...
     @property
-    def streams(self) -> bool: ...
+    def queues(self) -> bool: ...
 
 
 class SeedError(Struct):
@@ -113,10 +113,10 @@ def _operation(row: Described, path: str, refer: Mapping[type[Struct], Any]) -> 
     answer: dict[str, Any] = {"description": "The answer."}
     if row.reply is not None:
         answer["content"] = {"application/json": {"schema": refer[row.reply]}}
-        if row.streams:
+        if row.queues:
             answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     found: dict[str, Any] = {"summary": described, "responses": {"200": answer}}
-    errors = NOBODY_READS if row.scope is not None else ("404", "429", "503")
+    errors = REFUSALS if row.scope is not None else ("404", "429", "503")
     error = {"description": "A refusal.", "content": {"application/json": {"schema": refer[ERRORS[family(path)]]}}}
     found["responses"] |= {status: error for status in (*(("400",) if row.body else ()), *errors)}
     if row.body is not None:

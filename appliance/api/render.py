@@ -1,10 +1,11 @@
-"""How an error looks over HTTP, in the three forms that clients expect. The only place that renders one."""
+"""How answers look over HTTP: JSON, and errors in the three forms that clients expect, which are rendered only here."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 import msgspec
+from starlette.responses import Response
 
 from appliance.errors import ApplianceError, ModelNotFound, MonthlyLimitReached, PromptTooLong
 
@@ -20,6 +21,11 @@ _ANTHROPIC_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
     429: "rate_limit_error", 503: "overloaded_error",
 }  # fmt: skip
+
+
+def json_reply(body: Any) -> Response:
+    """200 with a struct or a dictionary."""
+    return Response(msgspec.json.encode(body), media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
 def family(path: str) -> Family:

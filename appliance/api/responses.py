@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -16,13 +16,13 @@ from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
-from appliance.api.answers import Exchange
-from appliance.api.body import read_json
-from appliance.api.openai import ANY_JSON_OBJECT, ROLES, Part, known_model, said, text_of
+from appliance.api.fields import ANY_JSON_OBJECT, Asker, AskingBody
+from appliance.api.openai import ROLES, Part, begun, text_of
+from appliance.api.render import json_reply
 from appliance.api.services import Services
 from appliance.chat import Answer
 from appliance.errors import BadRequest
-from appliance.messages import Caller, Chunk, CompletionRequest, FinishReason, Message, Sampling, Usage
+from appliance.messages import Chunk, CompletionRequest, FinishReason, Message, Sampling, Usage
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -44,10 +44,9 @@ class TextBody(Struct):
     format: Format = msgspec.field(default_factory=Format)
 
 
-class ResponsesBody(Struct, kw_only=True):
+class ResponsesBody(AskingBody, kw_only=True):
     """The request."""
 
-    model: str | None = None
     input: str | Annotated[list[Item], Meta(min_length=1, max_length=10_000)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
@@ -63,8 +62,6 @@ class ResponsesBody(Struct, kw_only=True):
     prompt: Any = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     include: list[str] | None = None
-    provider: Annotated[str, Meta(min_length=1, max_length=40)] | None = None
-    fallback: bool = True
 
     def refuse_what_is_not_done(self) -> None:
         """Known fields that cannot be honoured. Raises BadRequest with the field's name."""
@@ -80,12 +77,6 @@ class ResponsesBody(Struct, kw_only=True):
             return (*own, Message("user", self.input))
         return own + tuple(_message(item, i) for i, item in enumerate(self.input))
 
-    def sampling(self, defaults: Sampling) -> Sampling:
-        given = {name: v for name in ("temperature", "top_p") if (v := getattr(self, name)) is not None}
-        if given.get("top_p") == 0:
-            given |= {"temperature": 0.0, "top_p": 1.0}
-        return replace(defaults, **given)
-
     def schema(self) -> dict[str, Any] | None:
         wanted = self.text.format if self.text else Format()
         if wanted.type == "text":
@@ -100,7 +91,7 @@ class ResponsesBody(Struct, kw_only=True):
 def _message(item: Item, i: int) -> Message:
     if item.type != "message" or item.role not in ROLES:
         raise BadRequest("The input here is messages of system, developer, user or assistant.", param=f"input[{i}]")
-    return Message(ROLES[item.role], text_of(item.content, f"input[{i}]"))
+    return Message(ROLES[item.role], text_of(item.content, f"input[{i}].content"))
 
 
 class OutputText(Struct):
@@ -167,29 +158,19 @@ class Reply(Struct, kw_only=True):
 
 async def responses(request: Request, services: Services) -> Response:
     """Answers one response."""
-    body = await read_json(request, ResponsesBody, services.config.server.max_body_bytes)
-    known_model(services, body.model, body.provider)
-    body.refuse_what_is_not_done()
-    request_id: str = request.state.request_id
-    caller: Caller = request.state.caller
-    asked = CompletionRequest(
-        messages=body.conversation_in_all(),
-        account=caller.account_id,
-        weight=services.plans[caller.plan].weight,
-        sampling=body.sampling(services.local.defaults),
-        max_tokens=body.max_output_tokens,
-        json_schema=body.schema(),
-        said=said(body, "temperature", "top_p"),
-        model=body.model or "",
-        request_id=request_id,
-    )
-    exchange = Exchange(request, services, asked, body.provider, body.fallback)
-    about = _About(request_id.removeprefix("req_"), int(time.time()), body, asked.sampling)
+    body, exchange = await begun(request, services, ResponsesBody, response_request)
+    about = _About(request.state.request_id.removeprefix("req_"), int(time.time()), body, exchange.asked.sampling)
     if body.stream:
         return await exchange.stream(partial(_events, about))
     answer, [done] = await exchange.whole()
-    reply = about.finished(answer, done.text, done.finish_reason, done.usage)
-    return Response(msgspec.json.encode(reply), media_type="application/json", headers={"Cache-Control": "no-store"})
+    return json_reply(about.finished(answer, done.text, done.finish_reason, done.usage))
+
+
+def response_request(body: ResponsesBody, asker: Asker) -> CompletionRequest:
+    """What the chat service is asked. Raises BadRequest."""
+    body.refuse_what_is_not_done()
+    most, schema = body.max_output_tokens, body.schema()
+    return asker.completion(body, body.conversation_in_all(), max_tokens=most, json_schema=schema)
 
 
 @dataclass(frozen=True, slots=True)

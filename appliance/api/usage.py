@@ -6,13 +6,13 @@ import asyncio
 from collections import defaultdict
 from datetime import UTC, datetime
 
-import msgspec
 from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
 from appliance.access.forecast import Forecast, forecast
 from appliance.access.windows import NAMES, bounds
+from appliance.api.render import json_reply
 from appliance.api.services import Services
 from appliance.messages import Caller
 from appliance.store import usage
@@ -79,7 +79,7 @@ async def own_usage(request: Request, services: Services) -> Response:
         days=_days(totals),
         forecast=forecast(used["month"], plan.per_month, now),
     )
-    return Response(msgspec.json.encode(reply), media_type="application/json", headers={"Cache-Control": "no-store"})
+    return json_reply(reply)
 
 
 def _window(limit: int | None, used: int, reset: int) -> WindowBody:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from os.path import commonprefix
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,18 +102,17 @@ class PromptEncoder:
 
         `longest_run` is in characters; `own_prefix` leading messages are the appliance's own. Draining after `close`.
         """
-        limits = _Limits(context_tokens, longest_run)
-        try:
-            return self._pool.submit(self._encode, tuple(messages), limits, own_prefix)
-        except RuntimeError as error:
-            raise Draining("The model is being unloaded and takes no new requests.", retry_after=5) from error
+        return self._submit(self._encode, tuple(messages), _Limits(context_tokens, longest_run), own_prefix)
 
     def encode_plain(
         self, prompt: str | Sequence[int], *, context_tokens: int, longest_run: int
     ) -> Future[EncodedPrompt]:
         """A text or tokens to be continued as they are; fails as `encode`."""
+        return self._submit(self._encode_plain, prompt, _Limits(context_tokens, longest_run))
+
+    def _submit(self, encode: Callable[..., EncodedPrompt], *about: Any) -> Future[EncodedPrompt]:
         try:
-            return self._pool.submit(self._encode_plain, prompt, _Limits(context_tokens, longest_run))
+            return self._pool.submit(encode, *about)
         except RuntimeError as error:
             raise Draining("The model is being unloaded and takes no new requests.", retry_after=5) from error
 

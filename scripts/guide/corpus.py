@@ -96,11 +96,14 @@ class Corpus:
 
     def examples(self, draw: random.Random, *, noised: int, regular: int, foreign: int) -> Iterator[tuple[str, int]]:
         """Single questions with the numbers of their answers: every wording `noised` times, up to `regular` of those
-        that a program made per intent, and `foreign` foreign ones."""
+        that a program made per intent, and `foreign` foreign ones; but none that stands in the held-out set."""
         for intent in self.intents.values():
             lines = intent.questions * noised + draw.sample(intent.regular, min(len(intent.regular), regular))
             for line in lines:
-                yield said(draw, expanded(draw, line)), self.answers[intent.answer]
+                plain = expanded(draw, line)
+                question = said(draw, plain)
+                if self._is_unseen(plain) and self._is_unseen(question):
+                    yield question, self.answers[intent.answer]
         for _ in range(foreign):
             yield self._foreign(draw)[0][1], self.answers[DECLINE]
 
@@ -128,13 +131,17 @@ class Corpus:
 
     def rambling(self, draw: random.Random, longest: int) -> str:
         """A text without a question: lines of all kinds one after the other, or one over and over."""
-        wanted = round(math.exp(draw.uniform(math.log(30), math.log(longest))))
-        words: list[str] = []
-        line = self._line(draw).split()
-        over_and_over = line[: draw.choice((1, 1, 2, 5, 20))] if draw.random() < 0.5 else []
-        while len(words) < wanted:
-            words += over_and_over or self._line(draw).split()
-        return " ".join(words[:wanted])
+
+        def one() -> str:
+            wanted = round(math.exp(draw.uniform(math.log(30), math.log(longest))))
+            words: list[str] = []
+            line = self._line(draw).split()
+            over_and_over = line[: draw.choice((1, 1, 2, 5, 20))] if draw.random() < 0.5 else []
+            while len(words) < wanted:
+                words += over_and_over or self._line(draw).split()
+            return " ".join(words[:wanted])
+
+        return self._unseen(one)
 
     def _line(self, draw: random.Random) -> str:
         if draw.random() < FOREIGN:
@@ -183,10 +190,13 @@ class Corpus:
                 break
         return turns
 
+    def _is_unseen(self, text: str) -> bool:
+        return not self._held_out.intersection(grams(text))
+
     def _unseen(self, make: Callable[[], str]) -> str:
         for _ in range(100):
             text = make()
-            if not self._held_out.intersection(grams(text)):
+            if self._is_unseen(text):
                 return text
         raise ValueError(f"whatever is drawn stands in the held-out set: {text}")
 
